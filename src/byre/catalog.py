@@ -1,0 +1,86 @@
+"""One row per driver. Imports no driver: ``graph/opening.py`` loads the module that is needed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .errors import InvalidArgument
+
+__all__ = ["CATALOG", "Driver", "driver", "formats", "probe"]
+
+
+class Driver(NamedTuple):
+    """One driver.
+
+    :ivar kind: "protocol", "format" or "filter"
+    :ivar module: has ``OPTIONS``, ``open_node(request)`` and, where it can create, ``CREATE_OPTIONS``
+        and ``create(request)``
+    :ivar signatures: alternatives of ``(offset, bytes)`` pairs that must all match the first 2 KiB
+    :ivar abilities: letters, r read, w write, c create
+    :ivar prefix: ``prefix:name`` selects this protocol
+    """
+
+    name: str
+    kind: str
+    module: str
+    summary: str
+    signatures: tuple[tuple[tuple[int, bytes], ...], ...] = ()
+    abilities: str = "r"
+    prefix: str = ""
+
+
+CATALOG: tuple[Driver, ...] = (
+    Driver("file", "protocol", "byre.protocols.file", "regular file", abilities="rwc", prefix="file"),
+    Driver("host_device", "protocol", "byre.protocols.file", "block device", abilities="rw", prefix="host_device"),
+    Driver("memory", "protocol", "byre.protocols.memory", "bytes in memory", abilities="rw"),
+    Driver("null-co", "protocol", "byre.protocols.null", "takes everything, holds nothing", abilities="rw",
+           prefix="null-co"),
+    Driver("null-aio", "protocol", "byre.protocols.null", "takes everything, holds nothing", abilities="rw",
+           prefix="null-aio"),
+    Driver("raw", "format", "byre.formats.raw", "bytes as they are", abilities="rwc"),
+    Driver("qcow2", "format", "byre.formats.qcow2", "QEMU copy-on-write, versions 2 and 3",
+           (((0, b"QFI\xfb\0\0\0\2"),), ((0, b"QFI\xfb\0\0\0\3"),)), abilities="rwc"),
+    Driver("blkdebug", "filter", "byre.filters.faults", "fails chosen requests", abilities="rw", prefix="blkdebug"),
+    Driver("blkverify", "filter", "byre.filters.verify", "compares two children on every read", abilities="rw",
+           prefix="blkverify"),
+    Driver("blklog", "filter", "byre.filters.writelog", "records writes and flushes for crash replay", abilities="rw"),
+)  # fmt: skip
+
+PROBE_SIZE = 2048
+
+_BY_NAME = {row.name: row for row in CATALOG}
+_BY_PREFIX = {row.prefix: row for row in CATALOG if row.prefix}
+
+
+def driver(name: str) -> Driver:
+    """The row called ``name``.
+
+    :raises InvalidArgument: there is none
+    """
+    row = _BY_NAME.get(name)
+    if row is None:
+        raise InvalidArgument(f"unknown driver {name!r}", hint="byre formats lists what there is")
+    return row
+
+
+def by_prefix(prefix: str) -> Driver | None:
+    return _BY_PREFIX.get(prefix)
+
+
+def formats() -> list[Driver]:
+    return [row for row in CATALOG if row.kind == "format"]
+
+
+def probe(head: bytes) -> Driver:
+    """The format of an image that begins with ``head`` (2 KiB, less if it is shorter); raw is the last resort.
+
+    The longest matching signature wins.
+    """
+    best, score = _BY_NAME["raw"], 0
+    for row in CATALOG:
+        for signature in row.signatures:
+            if all(head[at : at + len(magic)] == magic for at, magic in signature):
+                weight = sum(len(magic) for _, magic in signature)
+                if weight > score:
+                    best, score = row, weight
+    return best

@@ -1,0 +1,206 @@
+"""The format contract: a format answers where, the engine moves the bytes.
+
+A read-only format writes ``lookup`` (and ``decompress``); a writable one adds ``reserve``,
+``publish``, ``cancel``, ``unmap`` and ``write_back``. All hooks except ``decompress`` are called
+with ``self.lock`` held; ``io/engine.py`` does alignment, copy-on-write, claims and tickets.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..errors import IOFailure, NotSupported
+from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Node
+from ..io import engine
+from ..io.extent import UNALLOCATED, Extent
+from ..io.inflight import InFlight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..graph.child import Child
+    from ..io.extentmap import ExtentMap
+
+__all__ = ["Cipher", "FormatNode", "Placement"]
+
+
+class Placement(NamedTuple):
+    """Where guest bytes ``[offset, offset + length)`` may be written.
+
+    A fresh placement is aligned to what the format can link (cluster or subcluster); the engine fills
+    what the request does not cover with what the range reads as now, and ``publish`` links it.
+
+    :ivar source: index into ``FormatNode.sources``
+    :ivar fresh: newly allocated, to be published; otherwise written in place
+    :ivar zeroed: the host range is known to read as zeroes, so zeroes need not be written
+    :ivar token: the format's own note
+    """
+
+    offset: int
+    length: int
+    host: int
+    source: int = 0
+    fresh: bool = False
+    zeroed: bool = False
+    token: object = None
+
+
+class Cipher(Protocol):
+    """Encrypts in place; ``sector`` is ``position // 512`` where the format says guest or host position."""
+
+    by_host: bool
+
+    def encrypt(self, position: int, buffer: bytearray | memoryview) -> None: ...
+    def decrypt(self, position: int, buffer: bytearray | memoryview) -> None: ...
+
+
+class FormatNode(Node):
+    """A node that maps guest ranges to ranges of its data children.
+
+    Guarded by ``lock``: tables, allocator, claims, tickets, ``size``, ``failure``.
+
+    :ivar cluster_size: the unit of allocation, bytes
+    :ivar write_unit: what a fresh placement is aligned to: the cluster, or the subcluster
+    :ivar sources: the data children extents refer to by index
+    :ivar backing: the layer below, if any
+    :ivar failure: set once a metadata write or flush failed; from then on every request fails with EIO
+    """
+
+    kind = "format"
+
+    def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
+        super().__init__(name=name, filename=filename, read_only=read_only)
+        self.lock = threading.Lock()
+        self.inflight = InFlight(self.lock)
+        self.cluster_size = 65536
+        self.sources: tuple[Child, ...] = ()
+        self.cipher: Cipher | None = None
+        self.failure: Exception | None = None
+        self._size = 0
+        #: Backing file as the image records it; opening attaches it. "" means none.
+        self.backing_name = ""
+        self.backing_format = ""
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def backing(self) -> Child | None:
+        return self.children.get("backing")
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> list[Extent]:
+        """Extents from ``offset``: consecutive, within ``[offset, offset + length)``, may stop early, never empty."""
+        raise NotImplementedError
+
+    def lookup_all(self, offset: int, length: int) -> ExtentMap:
+        """The whole range in bulk, coalesced."""
+        from ..io.extentmap import ExtentMap
+
+        rows: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            rows += self.lookup(offset, end - offset)
+            offset = rows[-1].end
+        return ExtentMap.from_extents(rows).coalesced()
+
+    def decompress(self, extent: Extent, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the guest bytes of a COMPRESSED extent (which may be part of a cluster)."""
+        raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
+
+    def reserve(self, offset: int, length: int) -> list[Placement]:
+        """Where these bytes may go, in order, covering the range; allocates, does not link. May stop early."""
+        raise NotSupported(f"driver {self.driver!r} cannot write", where=self.filename)
+
+    def publish(self, placements: Sequence[Placement]) -> None:
+        """The bytes of these fresh placements are there: link them."""
+        raise NotSupported(f"driver {self.driver!r} cannot write", where=self.filename)
+
+    def cancel(self, placements: Sequence[Placement]) -> None:
+        """They are not: give the space back."""
+        raise NotSupported(f"driver {self.driver!r} cannot write", where=self.filename)
+
+    def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
+        """Whole clusters from ``offset`` become ZERO or UNALLOCATED.
+
+        :param keep: ZERO clusters keep their space
+        :returns: bytes done, from ``offset``; 0 if the format cannot (the engine then writes zeroes)
+        """
+        return 0
+
+    def write_back(self) -> None:
+        """Dirty tables to the child, in safe order."""
+
+    # -- requests: all in the engine --------------------------------------------------------------
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        engine.read(self, offset, buffer)
+
+    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        engine.write(self, offset, buffer, flags)
+
+    def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        engine.write_zeroes(self, offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        engine.discard(self, offset, length)
+
+    def flush(self) -> None:
+        engine.flush(self)
+
+    def block_status(self, offset: int, length: int) -> Extent:
+        if offset >= self._size:
+            return Extent(offset, length, UNALLOCATED)
+        with self.lock:
+            self.check_failure()
+            first, *rest = self.lookup(offset, min(length, self._size - offset))
+        end = first.end
+        for other in rest:
+            if other.kind != first.kind or other.source != first.source or first.kind > UNALLOCATED:
+                break
+            if other.host != (first.host + end - offset if first.host >= 0 else first.host):
+                break
+            end = other.end
+        return first._replace(length=end - offset)
+
+    def extents(self, offset: int, length: int) -> ExtentMap:
+        with self.lock:
+            self.check_failure()
+            return self.lookup_all(offset, length)
+
+    # -- failure ----------------------------------------------------------------------------------
+
+    def check_failure(self) -> None:
+        """:raises IOFailure: a metadata write or flush failed earlier"""
+        if self.failure is not None:
+            raise IOFailure(
+                f"the image was taken out of service after a metadata failure ({self.failure})",
+                where=self.filename,
+                hint="close it and open it again; what was flushed is safe",
+            )
+
+    def fail_stop(self, error: Exception) -> None:
+        """A metadata write or flush failed: no more metadata writes, every request fails from now on."""
+        if self.failure is None:
+            self.failure = error
+
+    # -- permissions ------------------------------------------------------------------------------
+
+    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        if child.name == "backing":
+            below = PERM_READ | PERM_WRITE_UNCHANGED
+            if shared & PERM_WRITE:
+                below |= PERM_WRITE | PERM_RESIZE
+            return used & PERM_READ, below
+        need = PERM_READ
+        if not self.read_only:
+            need |= PERM_WRITE | PERM_RESIZE
+        # Nobody else may change what this node's tables describe.
+        return need, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE)
+
+    def inactivate(self) -> None:
+        if not self.read_only and self.failure is None:
+            self.flush()

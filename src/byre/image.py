@@ -1,0 +1,425 @@
+"""Image: the handle through which everyone outside the graph does I/O.
+
+Library users, the command line, jobs and exports hold Images. An Image checks bounds and
+writability, counts requests in flight, keeps statistics, and can be paused for graph changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Final
+
+from .errors import Busy, InvalidArgument, NotSupported, ReadOnly
+from .graph import chain
+from .graph.graph import Graph
+from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node, Stats
+from .graph.opening import Opener, OpenFlags, Policy
+from .io.extent import FUA, MAY_UNMAP, NO_FALLBACK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from .graph.child import Child
+    from .io.extentmap import ExtentMap
+
+__all__ = ["CACHE_MODES", "Image", "cache_flags", "open"]
+
+CACHE_MODES: Final = {
+    # name: (direct, no_flush, writethrough)
+    "none": (True, False, False),
+    "off": (True, False, False),
+    "directsync": (True, False, True),
+    "writethrough": (False, False, True),
+    "writeback": (False, False, False),
+    "unsafe": (False, True, False),
+}
+
+
+def cache_flags(mode: str) -> tuple[bool, bool, bool]:
+    """(direct, no_flush, writethrough) for a cache mode name.
+
+    :raises InvalidArgument: an unknown mode
+    """
+    flags = CACHE_MODES.get(mode)
+    if flags is None:
+        raise InvalidArgument(f"unknown cache mode {mode!r}: expected one of {', '.join(CACHE_MODES)}")
+    return flags
+
+
+def open(
+    target: str | Mapping[str, object],
+    *,
+    format: str = "",
+    read_only: bool = True,
+    cache: str = "writeback",
+    discard: str = "unmap",
+    detect_zeroes: str = "off",
+    force_share: bool = False,
+    backing: bool = True,
+    no_io: bool = False,
+    exclusive: bool = False,
+    resizable: bool = False,
+    policy: Policy | None = None,
+    graph: Graph | None = None,
+) -> Image:
+    """Open an image and its backing chain.
+
+    :param target: a path, ``driver:rest``, ``json:{...}``, or nested options as for ``--image-opts``, e.g.
+        ``{"driver": "qcow2", "file": {"driver": "file", "filename": "a.qcow2"}}``
+    :param format: the driver to use; "" probes (raw is the last resort)
+    :param read_only: open for reading only; the default
+    :param cache: none, directsync, writethrough, writeback or unsafe
+    :param discard: "ignore" or "unmap"
+    :param detect_zeroes: "off", "on" or "unmap": turn writes of zeroes into zero writes
+    :param force_share: take no lock that keeps other programs out; read-only
+    :param backing: open the backing chain as well
+    :param no_io: metadata only: nothing the image names is opened
+    :param exclusive: no other user of the same node or file may write meanwhile
+    :param resizable: ask for the permission to resize now, not at the first resize
+    :param policy: which files the image may name; the default allows plain files
+    :raises ByreError: as the drivers say; nothing stays open then
+    """
+    direct, no_flush, writethrough = cache_flags(cache)
+    if force_share and not read_only:
+        raise InvalidArgument("force-share needs a read-only image")
+    flags = OpenFlags(
+        read_only=read_only,
+        direct=direct,
+        no_flush=no_flush,
+        unmap=discard in ("unmap", "on"),
+        detect_zeroes=detect_zeroes,
+        force_share=force_share,
+        no_backing=not backing,
+        no_io=no_io,
+    )
+    graph = graph or Graph()
+    opener = Opener(graph, policy or Policy())
+    spec: object = target if isinstance(target, str) else dict(target)
+    if isinstance(spec, dict):
+        writeback = _pop_writeback(spec)
+        writethrough = writethrough if writeback is None else not writeback
+    node = opener.open_chain(spec, flags, driver_name=format)
+    try:
+        return Image(node, graph, read_only=read_only, writethrough=writethrough, exclusive=exclusive, no_io=no_io,
+                     resizable=resizable)  # fmt: skip
+    except BaseException:
+        graph.release(node)
+        raise
+
+
+def _pop_writeback(spec: dict[str, object]) -> bool | None:
+    """``cache.writeback`` belongs to the handle, not to a node."""
+    from .options import Option, convert
+
+    value = spec.pop("cache.writeback", None)
+    cache = spec.get("cache")
+    if value is None and isinstance(cache, dict):
+        spec["cache"] = cache = dict(cache)
+        value = cache.pop("writeback", None)
+    return None if value is None else bool(convert(Option("cache.writeback", "bool", ""), value))
+
+
+class Image:
+    """An open image. A context manager; closing twice is fine; usable from many threads.
+
+    Guarded by ``_gate``: ``_in_flight``, ``_paused``.
+
+    :ivar node: the top node
+    :ivar graph: the graph it lives in
+    :ivar stats: requests seen here, by kind
+    :ivar writethrough: every write is durable when it returns
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        graph: Graph,
+        *,
+        read_only: bool = True,
+        writethrough: bool = False,
+        exclusive: bool = False,
+        no_io: bool = False,
+        resizable: bool = False,
+        name: str = "",
+    ) -> None:
+        if not read_only and node.read_only:
+            raise ReadOnly("the image is open read-only", where=node.filename)
+        self.graph = graph
+        self.read_only = read_only
+        self.writethrough = writethrough
+        self.stats = Stats()
+        self.name = name
+        self._gate = threading.Lock()
+        self._changed = threading.Condition(self._gate)
+        self._in_flight = 0
+        self._paused = 0
+        self._closed = False
+        used = 0 if no_io else PERM_READ | (0 if read_only else PERM_WRITE)
+        if resizable and not read_only:
+            used |= PERM_RESIZE
+        shared = PERM_ALL & ~(PERM_WRITE | PERM_RESIZE) if exclusive else PERM_ALL
+        self._root: Child = graph.attach_image(node, name or "an open image", used, shared)
+        with graph.lock:
+            graph.images.append(self)
+
+    @property
+    def node(self) -> Node:
+        return self._root.node
+
+    @property
+    def size(self) -> int:
+        """Virtual size, bytes."""
+        return self._root.node.size
+
+    @property
+    def format(self) -> str:
+        return self._root.node.driver
+
+    @property
+    def filename(self) -> str:
+        return self._root.node.filename
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        data = bytearray(length)
+        self.read_into(offset, data)
+        return bytes(data)
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill ``buffer`` from ``offset``.
+
+        :raises InvalidArgument: the range is not inside the image
+        """
+        view = buffer if type(buffer) is memoryview else memoryview(buffer).cast("B")
+        length = len(view)
+        node = self._root.node
+        if offset < 0 or offset + length > node.size:
+            self._out_of_range("read", offset, length)
+        started = perf_counter_ns()
+        gate = self._gate
+        with gate:
+            if self._paused:
+                self._wait_unpaused()
+            self._in_flight += 1
+        try:
+            self._root.node.read_into(offset, view)
+        except BaseException:
+            self.stats.failed(Stats.READ)
+            self._leave()
+            raise
+        elapsed = perf_counter_ns() - started
+        stats = self.stats
+        with gate:
+            stats.operation_count[0] += 1
+            stats.byte_count[0] += length
+            stats.nanoseconds[0] += elapsed
+            self._in_flight -= 1
+            if self._paused:
+                self._changed.notify_all()
+
+    def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill several buffers from consecutive bytes."""
+        length = sum(map(len, buffers))
+        self._check("read", offset, length)
+        self._request(Stats.READ, length, lambda: self.node.readv_into(offset, buffers))
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
+        """Write ``data`` at ``offset``; with ``fua`` it is durable on return.
+
+        :raises ReadOnly: the image is open read-only
+        :raises InvalidArgument: the range is not inside the image
+        """
+        view = data if type(data) is memoryview else memoryview(data).cast("B")
+        self._check_write(offset, len(view))
+        flags = FUA if fua or self.writethrough else 0
+        self._request(Stats.WRITE, len(view), lambda: self.node.write_from(offset, view, flags))
+        self.stats.wrote(offset + len(view))
+
+    def writev(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
+        """Write several buffers to consecutive bytes in one request."""
+        length = sum(map(len, buffers))
+        self._check_write(offset, length)
+        flags = FUA if fua or self.writethrough else 0
+        self._request(Stats.WRITE, length, lambda: self.node.writev_from(offset, buffers, flags))
+        self.stats.wrote(offset + length)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fua: bool = False, fallback: bool = True
+    ) -> None:
+        """Make a range read as zeroes.
+
+        :param unmap: the space may be given back
+        :param fallback: zeroes may be written as data where there is no quicker way
+        """
+        self._check_write(offset, length)
+        flags = (FUA if fua or self.writethrough else 0) | (MAY_UNMAP if unmap else 0)
+        flags |= 0 if fallback else NO_FALLBACK
+        self._request(Stats.ZEROES, length, lambda: self.node.write_zeroes(offset, length, flags))
+        self.stats.wrote(offset + length)
+
+    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write one cluster compressed (the last one may be shorter).
+
+        :raises NotSupported: the format has no compressed clusters
+        """
+        from .formats.abilities import HasCompression
+
+        view = data if type(data) is memoryview else memoryview(data).cast("B")
+        self._check_write(offset, len(view))
+        node = self.node
+        if not isinstance(node, HasCompression):
+            raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
+        self._request(Stats.WRITE, len(view), lambda: node.write_compressed(offset, view))
+        self.stats.wrote(offset + len(view))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range is no longer needed. Reads as zeroes or as before, as the format can."""
+        self._check_write(offset, length)
+        self._request(Stats.DISCARD, length, lambda: self.node.discard(offset, length))
+
+    def flush(self) -> None:
+        """What was written before the call is durable when it returns."""
+        self._request(Stats.FLUSH, 0, self.node.flush)
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the virtual size, bytes; new space reads as zeroes.
+
+        :param shrink: allow it to become smaller; what is cut off is gone
+        """
+        if self.read_only:
+            raise ReadOnly("cannot resize: the image is open read-only", where=self.filename)
+        if size < self.size and not shrink:
+            raise InvalidArgument(f"shrinking from {self.size} to {size} bytes would lose data", where=self.filename,
+                                  hint="use --shrink if that is meant")  # fmt: skip
+        before = self._root.used
+        self.graph.set_image_permissions(self._root, before | PERM_RESIZE, self._root.shared)
+        try:
+            self._request(Stats.WRITE, 0, lambda: self.node.resize(size, preallocation=preallocation))
+        finally:
+            self.graph.set_image_permissions(self._root, before, self._root.shared)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def extents(self, offset: int = 0, length: int | None = None) -> ExtentMap:
+        """What the range is, resolved over the whole chain: column ``depth`` says which layer holds it.
+
+        Meant for windows of up to a few GiB; see :func:`byre.graph.chain.windows` to walk a disk.
+        """
+        length = self.size - offset if length is None else length
+        self._check("map", offset, length)
+        self._enter()
+        try:
+            return chain.extents(self.node, offset, length)
+        finally:
+            self._leave()
+
+    # -- the gate ---------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Hold new requests back and wait until none is in flight; nests."""
+        with self._gate:
+            self._paused += 1
+            while self._in_flight:
+                self._changed.wait()
+
+    def resume(self) -> None:
+        with self._gate:
+            self._paused -= 1
+            self._changed.notify_all()
+
+    def _enter(self) -> None:
+        with self._gate:
+            if self._paused:
+                self._wait_unpaused()
+            self._in_flight += 1
+
+    def _wait_unpaused(self) -> None:
+        while self._paused:
+            self._changed.wait()
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._in_flight -= 1
+            if self._paused:
+                self._changed.notify_all()
+
+    def _request(self, kind: int, length: int, action: object) -> None:
+        started = perf_counter_ns()
+        self._enter()
+        try:
+            action()  # type: ignore[operator]
+        except BaseException:
+            self.stats.failed(kind)
+            raise
+        else:
+            self.stats.done(kind, length, started)
+        finally:
+            self._leave()
+
+    def _check(self, verb: str, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            self._out_of_range(verb, offset, length)
+
+    def _check_write(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
+        self._check("write", offset, length)
+
+    def _out_of_range(self, verb: str, offset: int, length: int) -> None:
+        raise InvalidArgument(f"cannot {verb} {length} bytes at {offset:#x}: the image ends at {self.size:#x}",
+                              where=self.filename)  # fmt: skip
+
+    # -- options and life -------------------------------------------------------------------------
+
+    def reopen(self, *, read_only: bool | None = None, cache: str | None = None,
+               options: Mapping[str, object] | None = None) -> None:  # fmt: skip
+        """Change options of the open image as one transaction: all layers take them, or none does.
+
+        :param options: driver options of the top node, as at opening
+        :raises ByreError: and everything is as before
+        """
+        from .graph.reopening import reopen
+
+        reopen(self, read_only=read_only, cache=cache, options=options or {})
+
+    def close(self) -> None:
+        """Write everything back and let go. Closing twice is fine.
+
+        :raises ByreError: the last write-back failed; the image is closed all the same
+        """
+        with self.graph.lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self in self.graph.images:
+                self.graph.images.remove(self)
+        node = self.node
+        try:
+            if not self.read_only and not node.closed:
+                node.flush()
+        finally:
+            with self.graph.lock:
+                # The edge is cut without carrying permissions down: the node is closed next.
+                self.graph._unlink(self._root)
+            self.graph.release(node)
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+
+    def check_idle(self) -> None:
+        """:raises Busy: a request is in flight"""
+        with self._gate:
+            if self._in_flight:
+                raise Busy("the image is in use", where=self.filename)

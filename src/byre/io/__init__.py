@@ -1,0 +1,1 @@
+"""How bytes move; knows no node and no format."""

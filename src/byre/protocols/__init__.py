@@ -1,0 +1,1 @@
+"""Leaves of the graph: each owns something outside it."""
