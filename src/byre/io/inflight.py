@@ -1,0 +1,94 @@
+"""Claims and tickets: what keeps concurrent requests of one node from stepping on each other.
+
+A *claim* is a range of guest clusters that is being allocated, zeroed or discarded; a request that
+overlaps one waits and looks again. A *ticket* is held while data I/O runs outside the lock: host
+space freed meanwhile is not reused before every older ticket is back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["InFlight"]
+
+
+class InFlight:
+    """Claims and tickets of one node.
+
+    Guarded by: the node's lock, handed to the constructor; every method is called with it held.
+    """
+
+    __slots__ = ("_claims", "_deferred", "_next", "_out", "changed")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.changed = threading.Condition(lock)
+        self._claims: list[tuple[int, int]] = []
+        self._next = 0
+        self._out: set[int] = set()
+        self._deferred: deque[tuple[int, Callable[[], None]]] = deque()
+
+    # -- claims -----------------------------------------------------------------------------------
+
+    def overlaps(self, start: int, end: int) -> bool:
+        return any(first < end and start < last for first, last in self._claims)
+
+    def wait_clear(self, start: int, end: int) -> bool:
+        """Wait until nothing in ``[start, end)`` is claimed; True if it had to wait (state may have changed)."""
+        waited = False
+        while self._claims and self.overlaps(start, end):
+            waited = True
+            self.changed.wait()
+        return waited
+
+    def claim(self, start: int, end: int) -> tuple[int, int]:
+        """Claim ``[start, end)``, which must be clear."""
+        claim = (start, end)
+        self._claims.append(claim)
+        return claim
+
+    def release(self, claim: tuple[int, int]) -> None:
+        self._claims.remove(claim)
+        self.changed.notify_all()
+
+    def wait_all(self) -> None:
+        """Wait until no claim is left."""
+        while self._claims:
+            self.changed.wait()
+
+    @property
+    def claim_count(self) -> int:
+        return len(self._claims)
+
+    # -- tickets ----------------------------------------------------------------------------------
+
+    def take(self) -> int:
+        """A ticket for I/O outside the lock."""
+        self._next = ticket = self._next + 1
+        self._out.add(ticket)
+        return ticket
+
+    def give_back(self, ticket: int) -> None:
+        self._out.remove(ticket)
+        if self._deferred:
+            self._run_deferred()
+
+    @property
+    def ticket_count(self) -> int:
+        return len(self._out)
+
+    def when_clear(self, action: Callable[[], None]) -> None:
+        """Run ``action`` (under the lock) once every ticket that is out now is back; at once if none is."""
+        if not self._out:
+            action()
+        else:
+            self._deferred.append((self._next, action))
+
+    def _run_deferred(self) -> None:
+        oldest = min(self._out, default=self._next + 1)
+        while self._deferred and self._deferred[0][0] < oldest:
+            self._deferred.popleft()[1]()
