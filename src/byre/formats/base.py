@@ -34,6 +34,7 @@ class Placement(NamedTuple):
     :ivar source: index into ``FormatNode.sources``
     :ivar fresh: newly allocated, to be published; otherwise written in place
     :ivar zeroed: the host range is known to read as zeroes, so zeroes need not be written
+    :ivar blank: what the request does not cover reads as zeroes now
     :ivar token: the format's own note
     """
 
@@ -43,6 +44,7 @@ class Placement(NamedTuple):
     source: int = 0
     fresh: bool = False
     zeroed: bool = False
+    blank: bool = False
     token: object = None
 
 
@@ -61,19 +63,25 @@ class FormatNode(Node):
     Guarded by ``lock``: tables, allocator, claims, tickets, ``size``, ``failure``.
 
     :ivar cluster_size: the unit of allocation, bytes
-    :ivar write_unit: what a fresh placement is aligned to: the cluster, or the subcluster
+    :ivar zero_unit: what ``unmap`` can turn into ZERO: the cluster, or the subcluster
+    :ivar detect_zeroes: "off", "on" or "unmap": writes of zeroes become zero writes
+    :ivar pass_discard: discards are carried out rather than ignored
     :ivar sources: the data children extents refer to by index
     :ivar backing: the layer below, if any
     :ivar failure: set once a metadata write or flush failed; from then on every request fails with EIO
     """
 
     kind = "format"
+    layered = True
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
         super().__init__(name=name, filename=filename, read_only=read_only)
         self.lock = threading.Lock()
         self.inflight = InFlight(self.lock)
         self.cluster_size = 65536
+        self.zero_unit = 65536
+        self.detect_zeroes = "off"
+        self.pass_discard = True
         self.sources: tuple[Child, ...] = ()
         self.cipher: Cipher | None = None
         self.failure: Exception | None = None
@@ -122,6 +130,18 @@ class FormatNode(Node):
     def cancel(self, placements: Sequence[Placement]) -> None:
         """They are not: give the space back."""
         raise NotSupported(f"driver {self.driver!r} cannot write", where=self.filename)
+
+    def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
+        """Host offsets for compressed clusters of these lengths, packed."""
+        raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
+
+    def publish_compressed(self, offset: int, hosts: Sequence[int], lengths: Sequence[int]) -> None:
+        """The compressed clusters from guest ``offset`` are there: link them."""
+        raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
+
+    def cancel_compressed(self, hosts: Sequence[int], lengths: Sequence[int]) -> None:
+        """They are not: give the space back."""
+        raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
 
     def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
         """Whole clusters from ``offset`` become ZERO or UNALLOCATED.

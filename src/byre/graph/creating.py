@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..catalog import driver
 from ..errors import InvalidArgument, NotSupported
 from ..options import OptionSet, OptionValues
+from ..units import SECTOR, align_up
 from .graph import Graph
 from .node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node
 from .opening import Opener, OpenFlags, Policy, has_protocol, parse_filename, resolve_backing
@@ -78,6 +79,8 @@ def create(
     _settle_backing(filename, values, check_backing, policy or Policy(allow_references=True))
     if "size" not in values.given:
         raise InvalidArgument("no size: give one, or a backing file to take it from", where=filename)
+    # Disks consist of sectors: the peer rounds up as well.
+    values.given["size"] = align_up(values.number("size"), SECTOR)
     prepare = getattr(module, "check_create", None)
     if prepare is not None:
         prepare(values)  # refuse before anything is written

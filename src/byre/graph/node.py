@@ -126,6 +126,7 @@ class Node:
 
     driver = ""
     kind = ""  # "protocol", "format" or "filter"
+    layered = False  # a FormatNode, whose reads go layer by layer through io/engine.py
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
         self.name = name

@@ -1,0 +1,230 @@
+"""raw: the bytes of the file as they are, or a slice of them (``offset``, ``size``).
+
+No metadata, so requests go straight to the file. A raw image that was probed, not chosen, refuses
+writes that would make its first bytes look like another format.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from ..catalog import PROBE_SIZE, probe
+from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace
+from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, Limits, Node, Stats
+from ..io.buffers import is_zero
+from ..io.extent import DATA, MAY_UNMAP, Extent
+from ..options import Option, OptionSet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..graph.child import Child
+    from ..graph.creating import CreateRequest
+    from ..graph.opening import OpenRequest
+    from ..io.extentmap import ExtentMap
+
+__all__ = ["CREATE_OPTIONS", "OPTIONS", "RawNode", "create", "open_node"]
+
+CHILDREN = ("file",)
+
+OPTIONS = OptionSet(
+    Option("offset", "size", "where the image begins in the file", 0),
+    Option("size", "size", "length of the image"),
+)
+
+CREATE_OPTIONS = OptionSet(
+    Option("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"),
+    Option("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
+    Option("preallocation", "enum", "Preallocation mode (allowed values: off, falloc, full)", "off",
+           ("off", "falloc", "full")),
+    Option("size", "size", "Virtual disk size"),
+)  # fmt: skip
+
+
+def open_node(request: OpenRequest) -> RawNode:
+    file = request.open_child("file")
+    node = RawNode(
+        file,
+        name=request.name,
+        read_only=request.flags.read_only or file.read_only,
+        offset=request.options.number("offset"),
+        size=request.options.optional_number("size"),
+    )
+    node.detect_zeroes = request.flags.detect_zeroes
+    node.pass_discard = request.flags.unmap
+    node.force_share = request.flags.force_share
+    node.open_flags = request.flags
+    child = request.opener.graph.attach(node, "file", file, "filtered")
+    node.sources = (child,)
+    return node
+
+
+class RawNode(Node):
+    """A file, or a slice of one, as a disk. Guarded by: nothing; it has no state that requests change.
+
+    :ivar base: where the disk begins in the file, bytes
+    :ivar probed: nobody said that it is raw, so its first bytes are protected
+    """
+
+    kind = "format"
+
+    def __init__(self, file: Node, *, name: str = "", read_only: bool = False, offset: int = 0,
+                 size: int | None = None) -> None:  # fmt: skip
+        super().__init__(name=name, filename=file.filename, read_only=read_only)
+        if offset > file.size or (size is not None and offset + size > file.size):
+            raise InvalidArgument(f"the slice at {offset:#x} of {size if size is not None else 'the rest'} bytes "
+                                  f"does not lie within the file of {file.size} bytes", where=file.filename)  # fmt: skip
+        self.base = offset
+        self._slice = size
+        self._file = file
+        self.sources: tuple[Child, ...] = ()
+        self.probed = False
+        self.detect_zeroes = "off"
+        self.pass_discard = True
+        self.force_share = False
+        self.open_flags: object = None
+        self.limits = Limits(request_alignment=file.limits.request_alignment)
+
+    @property
+    def size(self) -> int:
+        return self._file.size - self.base if self._slice is None else self._slice
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        started = perf_counter_ns()
+        inside = self.size - offset
+        if len(buffer) > inside and self._slice is not None:
+            super_view = buffer[max(inside, 0) :]
+            super_view[:] = bytes(len(super_view))
+            buffer = buffer[: max(inside, 0)]
+        try:
+            self._file.read_into(self.base + offset, buffer)
+        except BaseException:
+            self.stats.failed(Stats.READ)
+            raise
+        self.stats.done(Stats.READ, len(buffer), started)
+
+    def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._file.readv_into(self.base + offset, buffers)
+
+    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        started = perf_counter_ns()
+        self._check_end(offset, len(buffer))
+        if self.probed and offset < PROBE_SIZE:
+            self._check_probe(offset, buffer)
+        try:
+            if self.detect_zeroes != "off" and is_zero(buffer):
+                unmap = MAY_UNMAP if self.detect_zeroes == "unmap" else 0
+                self._file.write_zeroes(self.base + offset, len(buffer), flags | unmap)
+            else:
+                self._file.write_from(self.base + offset, buffer, flags)
+        except BaseException:
+            self.stats.failed(Stats.WRITE)
+            raise
+        self.stats.done(Stats.WRITE, len(buffer), started)
+
+    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+        if self.detect_zeroes != "off" or (self.probed and offset < PROBE_SIZE):
+            super().writev_from(offset, buffers, flags)
+            return
+        self._check_end(offset, sum(map(len, buffers)))
+        self._file.writev_from(self.base + offset, buffers, flags)
+
+    def _check_probe(self, offset: int, buffer: memoryview) -> None:
+        """A guest may not turn a probed raw image into another format by writing to its start."""
+        head = bytearray(min(PROBE_SIZE, max(self._file.size - self.base, offset + len(buffer))))
+        self._file.read_into(self.base, memoryview(head))
+        end = min(len(head), offset + len(buffer))
+        head[offset:end] = buffer[: end - offset]
+        found = probe(bytes(head))
+        if found.name != "raw":
+            raise AccessDenied(
+                f"this write would make the image, which was probed as raw, look like {found.name}",
+                where=self.filename,
+                hint='say that it is raw (-f raw, or driver="raw") if the write is meant',
+            )
+
+    def _check_end(self, offset: int, length: int) -> None:
+        if self._slice is not None and offset + length > self._slice:
+            raise NoSpace(f"cannot write {length} bytes at {offset:#x}: the slice ends at {self._slice:#x}",
+                          where=self.filename)  # fmt: skip
+
+    def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self._check_end(offset, length)
+        started = perf_counter_ns()
+        self._file.write_zeroes(self.base + offset, length, flags)
+        self.stats.done(Stats.ZEROES, length, started)
+
+    def discard(self, offset: int, length: int) -> None:
+        if self.pass_discard:
+            started = perf_counter_ns()
+            self._file.discard(self.base + offset, min(length, self.size - offset))
+            self.stats.done(Stats.DISCARD, length, started)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def block_status(self, offset: int, length: int) -> Extent:
+        length = min(length, max(self.size - offset, 0)) or length
+        found = self._file.block_status(self.base + offset, length)
+        kind = found.kind if found.kind <= 1 else DATA
+        return Extent(offset, min(found.length, length), kind, self.base + offset)
+
+    def extents(self, offset: int, length: int) -> ExtentMap:
+        found = self._file.extents(self.base + offset, length)
+        found.host = found.offset.copy()
+        found.offset = found.offset - self.base
+        found.kind = found.kind.copy()
+        found.kind[found.kind > 1] = DATA
+        return found
+
+    def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
+        if self._slice is not None:
+            raise ImageError("a slice of a file cannot be resized", where=self.filename)
+        self._file.resize(self.base + size, preallocation=preallocation, exact=exact)
+
+    def refresh_size(self) -> None:
+        self._file.refresh_size()
+
+    @property
+    def has_zero_init(self) -> bool:
+        return self._file.has_zero_init
+
+    # -- permissions and reopening ----------------------------------------------------------------
+
+    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        if self.force_share:
+            return used & PERM_READ, PERM_ALL
+        if self._slice is not None or self.base:
+            return used & ~PERM_RESIZE | (PERM_RESIZE if used & PERM_RESIZE else 0), shared
+        return used, shared
+
+    def reopen_prepare(self, flags: object, options: object) -> object:
+        return flags
+
+    def reopen_commit(self, token: object) -> None:
+        from ..graph.opening import OpenFlags
+
+        assert isinstance(token, OpenFlags)
+        self.open_flags = token
+        self.read_only = token.read_only
+        self.detect_zeroes = token.detect_zeroes
+        self.pass_discard = token.unmap
+
+    def reopen_abort(self, token: object) -> None:
+        pass
+
+
+def create(request: CreateRequest) -> None:
+    """A raw image is its file: make it as long as asked."""
+    options = request.options
+    size = options.number("size")
+    if size >= 1 << 63:
+        raise InvalidArgument(f"size is {size}, allowed are {2**63 - 512} bytes", where=request.filename)
+    request.file.resize(size, preallocation=options.word("preallocation"))
+
+
