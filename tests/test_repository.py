@@ -1,0 +1,181 @@
+"""The repository keeps its own rules: imports point down, start-up loads little, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "byre"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Higher numbers are further up; a module imports from its own level or from below (docs/design.md, section 2).
+LEVELS = {
+    "errors": 0, "units": 0, "options": 0, "catalog": 0, "__init__": 0,
+    "io": 1, "bitmaps": 1, "crypto": 1, "nbd": 1,
+    "graph": 2,
+    "formats": 3, "filters": 3, "protocols": 3,
+    "image": 4,
+    "jobs": 5,
+    "exports": 6,
+    "monitor": 7,
+    "cli": 8, "__main__": 8,
+}  # fmt: skip
+DRIVER_FOLDERS = ("formats", "filters", "protocols")
+SHARED_BY_FORMATS = ("byre.formats.base", "byre.formats.abilities")
+
+# Start-up is 60 ms and three times a bare interpreter; each of these costs a noticeable part of that.
+SLOW_MODULES = {
+    "argparse", "asyncio", "concurrent.futures", "dataclasses", "decimal", "email", "importlib.metadata", "inspect",
+    "isal", "json", "logging", "numpy", "pathlib", "rich", "shutil", "socket", "ssl", "subprocess", "tempfile",
+    "urllib", "zstd", "backports.zstd",
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def level(module: str) -> int:
+    """:raises KeyError: a folder that the design does not name"""
+    parts = module.split(".")
+    return LEVELS[parts[1] if len(parts) > 1 else "__init__"]
+
+
+def runtime_imports(path: Path) -> list[tuple[int, str]]:
+    """(line, absolute module) of every byre import that is executed, at module level or inside a function."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = []
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                below = f"{module}.{alias.name}"
+                is_module = (PACKAGE.parent / below.replace(".", "/")).with_suffix(".py").exists()
+                is_package = (PACKAGE.parent / below.replace(".", "/") / "__init__.py").exists()
+                found.append((node.lineno, below if is_module or is_package else module))
+    return [(line, name) for line, name in found if name.split(".")[0] == "byre"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    here = module_name(path)
+    upward = [f"line {line}: {name}" for line, name in runtime_imports(path) if level(name) > level(here)]
+    assert not upward, f"{here} imports from above: {upward}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_driver_does_not_import_another(path: Path) -> None:
+    here = module_name(path).split(".")
+    if len(here) < 3 or here[1] not in DRIVER_FOLDERS:
+        return
+    own = ".".join(here[:3])
+    others = []
+    for line, name in runtime_imports(path):
+        is_driver = name.split(".")[1] in DRIVER_FOLDERS if name.count(".") else False
+        if is_driver and not (name + ".").startswith(own + ".") and name not in SHARED_BY_FORMATS:
+            others.append(f"line {line}: {name}")
+    assert not others, f"{'.'.join(here)} imports other drivers: {others}"
+
+
+def test_the_catalog_imports_no_driver() -> None:
+    assert all(level(name) == 0 for _, name in runtime_imports(PACKAGE / "catalog.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_modules_say_what_they_are_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def _is_constant(node: ast.expr | None) -> bool:
+    """Whether a module-level value cannot change: no list, set or dict that a function could fill."""
+    return not isinstance(node, (ast.List, ast.Set, ast.ListComp, ast.SetComp)) and not (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Lock", "RLock", "Condition")
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_mutable_state_at_module_level(path: Path) -> None:
+    """A dict display is a table; nobody may assign into it. ``global`` is not used at all."""
+    tree = ast.parse(path.read_text())
+    tables: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if names != ["__all__"]:
+                assert _is_constant(node.value), f"line {node.lineno}: {names} can be changed"
+            tables.update(names)
+    for function in (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        local = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        local |= {argument.arg for argument in ast.walk(function) if isinstance(argument, ast.arg)}
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.Global), f"line {node.lineno}: global"
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                base = node.value
+                if isinstance(base, ast.Name) and base.id in tables - local:
+                    pytest.fail(f"line {node.lineno}: {base.id} is changed at run time")
+
+
+def loaded_modules(*arguments: str, folder: Path) -> set[str]:
+    """The modules that a run of byre loads and a bare interpreter does not."""
+
+    def run(*command: str) -> set[str]:
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *command],
+            capture_output=True, text=True, cwd=folder, env=environment, check=True,
+        )  # fmt: skip
+        lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+        return {line.rpartition("|")[2].strip() for line in lines[1:]}
+
+    start = "import sys; sys.argv = ['byre', *sys.argv[1:]]; from byre.cli.main import entry; sys.exit(entry())"
+    return run("-c", start, *arguments) - run("-c", "import sys")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    loaded_modules("create", "-q", "-f", "qcow2", str(path), "64M", folder=tmp_path)
+    assert path.stat().st_size > 0
+    return path
+
+
+def slow(modules: set[str]) -> list[str]:
+    return sorted(m for m in modules if m in SLOW_MODULES or m.split(".")[0] in SLOW_MODULES)
+
+
+class TestStartUp:
+    def test_help(self, tmp_path: Path) -> None:
+        modules = loaded_modules("--help", folder=tmp_path)
+        assert not slow(modules)
+        # Help needs the table of verbs, not what they do.
+        assert not [m for m in modules if m.startswith(("byre.graph", "byre.formats", "byre.io", "byre.jobs"))]
+
+    def test_info(self, image: Path) -> None:
+        modules = loaded_modules("info", str(image), folder=image.parent)
+        assert not slow(modules)
+        assert not [m for m in modules if m.startswith(("byre.jobs.convert", "byre.cli.convert", "byre.io.extentmap"))]
+
+    @pytest.mark.parametrize("format", ["raw", "qcow2"])
+    def test_create(self, tmp_path: Path, format: str) -> None:
+        modules = loaded_modules("create", "-q", "-f", format, "new.img", "1G", folder=tmp_path)
+        assert not slow(modules)
+        assert "byre.io.extentmap" not in modules
