@@ -1,0 +1,168 @@
+"""The frame of every command: which verb, and what becomes of errors and signals.
+
+Started under the name ``qemu-img``, ``qemu-io``, ``qemu-nbd`` or ``qemu-storage-daemon`` (a link), byre is
+that program. Only the module of the verb asked for is imported; start-up is part of every command's time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from ..errors import ByreError
+from .common import PROGRAM, HelpRequested, UsageError, report
+
+if TYPE_CHECKING:
+    from types import FrameType, ModuleType
+
+__all__ = ["entry", "main", "program_name"]
+
+EXIT_FAILED: Final = 1
+EXIT_INTERNAL: Final = 70
+EXIT_INTERRUPTED: Final = 130
+EXIT_PIPE: Final = 141
+EXIT_TERMINATED: Final = 143
+
+PEERS: Final = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon")
+IMAGE_VERBS: Final = ("bench", "check", "compare", "convert", "create", "dd", "info", "map", "measure", "resize")
+OWN_VERBS: Final = ("formats", "io", "links")
+LATER_VERBS: Final = ("amend", "bitmap", "commit", "rebase", "snapshot")
+LATER_OWN_VERBS: Final = ("daemon", "serve")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leaves by the same way as Ctrl-C."""
+
+
+def entry() -> int:
+    """The console script. Does not return: the interpreter's own tidying up costs more than many commands."""
+    import signal
+
+    signal.signal(signal.SIGTERM, _terminate)
+    code = main(sys.argv[1:], program_name(sys.argv[0]))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def program_name(path: str) -> str:
+    """Which program ``path`` (argv[0]) asks for."""
+    name = os.path.basename(path)
+    return name if name in PEERS else "byre"
+
+
+def main(argv: list[str], prog: str = "byre") -> int:
+    """Run one command line.
+
+    :param argv: the arguments without the program's name
+    :param prog: "byre", or the peer whose place it takes
+    :returns: the exit code; everything is printed and flushed
+    """
+    token = PROGRAM.set(prog)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            reconfigure = getattr(stream, "reconfigure", None)
+            if reconfigure is not None:
+                reconfigure(errors="backslashreplace")
+        return _flushed(_guarded(argv, prog))
+    finally:
+        PROGRAM.reset(token)
+
+
+def _guarded(argv: list[str], prog: str) -> int:
+    """The verb's exit code, every failure turned into one line."""
+    try:
+        return _dispatch(argv, prog)
+    except UsageError as error:
+        report(f"{error}; try '{prog} --help'")
+    except ByreError as error:
+        report(error)
+    except Terminated:
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_PIPE
+    except MemoryError:
+        report("out of memory")
+    except Exception as error:
+        if os.environ.get("BYRE_DEBUG", "") not in ("", "0"):
+            raise
+        report(f"internal error, please report: {type(error).__name__}: {error}")
+        return EXIT_INTERNAL
+    return EXIT_FAILED
+
+
+def _flushed(code: int) -> int:
+    """Flush what was printed; a failure of that is a failure of the command."""
+    try:
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        code = EXIT_PIPE
+    except OSError as error:
+        report(f"cannot write to standard output: {error.strerror}")
+        code = code or EXIT_FAILED
+    # What could not be written must not be tried again when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _dispatch(argv: list[str], prog: str) -> int:
+    if prog == "qemu-io":
+        return _run("io", argv)
+    if prog in ("qemu-nbd", "qemu-storage-daemon"):
+        from .refusals import refuse
+
+        return refuse(prog, argv)
+    if not argv:
+        raise UsageError("not enough arguments")
+    words = list(argv)
+    while words and words[0].startswith("-") and len(words[0]) > 1:
+        option = words.pop(0)
+        if option in ("-h", "--help"):
+            from .refusals import general_help
+
+            sys.stdout.write(general_help(prog))
+            return 0
+        if option in ("-V", "--version"):
+            from .refusals import version
+
+            sys.stdout.write(version(prog))
+            return 0
+        if option in ("-T", "--trace") and words:
+            words.pop(0)  # there are no trace events to select
+        elif not option.startswith(("-T", "--trace=")):
+            raise UsageError(f"unrecognized option '{option}'")
+    if not words:
+        return 0
+    return _verb(words[0], words[1:], prog)
+
+
+def _verb(verb: str, arguments: list[str], prog: str) -> int:
+    if verb in IMAGE_VERBS or (prog == "byre" and verb in OWN_VERBS):
+        return _run(verb, arguments)
+    if verb in LATER_VERBS or (prog == "byre" and verb in LATER_OWN_VERBS):
+        from .refusals import refuse
+
+        return refuse(verb, arguments)
+    raise UsageError(f"command not found: {verb}")
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    """Import the verb's module and run it."""
+    from importlib import import_module
+
+    module: ModuleType = import_module(f"byre.cli.{verb}")
+    try:
+        code: int = module.run(arguments)
+        return code
+    except HelpRequested:
+        from .refusals import supported_formats
+
+        sys.stdout.write(f"{module.HELP.rstrip()}\n\n{supported_formats()}\n")
+        return 0

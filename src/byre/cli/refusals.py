@@ -1,0 +1,96 @@
+"""Words about the program itself: help, version, and verbs that are not here yet."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .. import __version__
+from ..errors import NotSupported
+
+__all__ = ["general_help", "refuse", "supported_formats", "version"]
+
+_PEER_RELEASE: Final = "10.0.0"
+"""The release whose options and output this program has."""
+
+_MISSING: Final = {
+    "amend": "changing options of an existing image",
+    "bitmap": "persistent dirty bitmaps",
+    "commit": "committing an overlay into its backing file",
+    "rebase": "changing the backing file of an image",
+    "snapshot": "internal snapshots",
+    "serve": "the NBD server",
+    "daemon": "the storage daemon",
+    "qemu-nbd": "the NBD server",
+    "qemu-storage-daemon": "the storage daemon",
+}
+
+_VERBS: Final = """\
+  bench [-c COUNT] [-d DEPTH] [-f FMT] [--flush-interval=N] [-i AIO] [-n] [--no-drain] [-o OFFSET] [--pattern=PATTERN] \
+[-q] [-s BUFFER_SIZE] [-S STEP_SIZE] [-t CACHE] [-w] [-U] FILENAME
+  check [--object DEF] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all] [-T SRC_CACHE] [-U] FILENAME
+  compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
+  convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
+[-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] [-r RATE_LIMIT] \
+[-m COUNT] [-W] [--salvage] FILENAME... OUTPUT_FILENAME
+  create [--object DEF] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]
+  dd [--image-opts] [-U] [-f FMT] [-O FMT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
+  info [--object DEF] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
+  map [--object DEF] [--image-opts] [-f FMT] [--start-offset=OFFSET] [--max-length=LENGTH] [--output=human|json] [-U] \
+FILENAME
+  measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size SIZE | [--object DEF] [--image-opts] [-f FMT] FILENAME]
+  resize [--object DEF] [--image-opts] [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
+"""
+
+_OWN_VERBS: Final = """\
+  formats [--json | --markdown]      the formats and protocols there are
+  io ...                             requests by hand, as qemu-io
+  links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
+"""
+
+_LATER: Final = "Not yet: amend, bitmap, commit, rebase, snapshot"
+
+
+def version(prog: str) -> str:
+    """What ``--version`` prints."""
+    if prog == "byre":
+        return f"byre {__version__}\n"
+    return f"{prog} version {_PEER_RELEASE} (byre {__version__})\n"
+
+
+def supported_formats() -> str:
+    """The line ``Supported formats: ...``, which scripts look for."""
+    from ..catalog import CATALOG
+
+    return "Supported formats: " + " ".join(sorted(row.name for row in CATALOG))
+
+
+def general_help(prog: str) -> str:
+    """What ``--help`` before a verb prints."""
+    own = f"{_OWN_VERBS}\n{_LATER}, serve, daemon\n" if prog == "byre" else f"\n{_LATER}\n"
+    return (
+        f"{version(prog)}"
+        f"usage: {prog} [-h | --help] [-V | --version] [-T | --trace PATTERN] COMMAND [OPTIONS]\n"
+        "Create, look into, convert and check disk images.\n\n"
+        f"Commands ('{prog} COMMAND --help' says more):\n{_VERBS}{own}\n"
+        "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024). FMT is probed where it is not given.\n"
+        "CACHE is none, directsync, writeback, writethrough or unsafe. OPTIONS is key=value,...; "
+        "'-o help' lists them.\n\n"
+        f"{supported_formats()}\n"
+    )
+
+
+def refuse(name: str, arguments: list[str]) -> int:
+    """Say that ``name`` (a verb, or a program) is not here yet.
+
+    :raises NotSupported: always, except for ``--version`` and ``--help`` of a program
+    """
+    import sys
+
+    if name.startswith("qemu-") and arguments[:1] in (["--version"], ["-V"]):
+        sys.stdout.write(version(name))
+        return 0
+    text = f"{name} is not available in byre {__version__}: {_MISSING[name]} is not there yet"
+    if arguments[:1] in (["--help"], ["-h"]):
+        sys.stdout.write(f"{version(name) if name.startswith('qemu-') else ''}{text}\n")
+        return 0
+    raise NotSupported(text)
