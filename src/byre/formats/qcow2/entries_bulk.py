@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     UInt64 = NDArray[np.uint64]
-    Columns = tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int64]]
+    Columns = tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 
 __all__ = ["classify", "pack_refcounts", "unpack_refcounts"]
 
@@ -44,7 +44,7 @@ def classify(
     data_file: bool = False,
     coalesce_compressed: bool = False,
 ) -> Columns:
-    """Runs of alike clusters: (length, kind, host) columns as int64, int8, int64.
+    """Runs of alike clusters: (length, kind, host) columns as int64, uint8, int64.
 
     Runs are coalesced while the kind is the same and hosts continue; a compressed cluster stays its own run
     (its host is the descriptor) unless ``coalesce_compressed``. Without a host, ``host`` is ``NO_HOST``.
@@ -57,7 +57,7 @@ def classify(
     """
     count = len(table)
     if not count:
-        return np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.int64)
+        return np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int64)
     ramp = np.arange(count, dtype=np.uint64) << np.uint64(cluster_bits)
     host = table & _OFFSET
     compressed = table & _COMPRESSED != 0 if int(np.bitwise_or.reduce(table)) & entries.COMPRESSED else None
@@ -87,17 +87,23 @@ def _compressed_keys(ramp: UInt64, coalesce: bool) -> Any:
 
 def _runs(key: UInt64, start: UInt64, total: int, table: UInt64, cluster_index: Any = None) -> Columns:
     """Columns of the runs of equal keys; row ``i`` begins at relative guest offset ``start[i]``."""
-    first = np.concatenate((np.zeros(1, np.intp), np.flatnonzero(key[1:] != key[:-1]) + 1))
-    begin = start[first].astype(np.int64)
-    length = np.diff(begin, append=total)
-    code = key[first] & np.uint64(0x1FF)
-    kind = (code & np.uint64(_PLAIN - 1)).astype(np.int8)
-    host = ((key[first] & ~np.uint64(0x1FF)) + start[first]).astype(np.int64)
+    changes = np.flatnonzero(key[1:] != key[:-1])
+    first = np.empty(len(changes) + 1, np.intp)
+    first[0] = 0
+    np.add(changes, 1, out=first[1:])
+    begin = start.take(first)
+    length = np.empty(len(first), np.int64)
+    np.subtract(begin[1:], begin[:-1], out=length[:-1].view(np.uint64))
+    length[-1] = total - int(begin[-1])
+    keys = key.take(first)
+    code = keys & np.uint64(0x1FF)
+    kind = (code & np.uint64(_PLAIN - 1)).astype(np.uint8)
+    host = ((keys & ~np.uint64(0x1FF)) + begin).view(np.int64)
     host[code >= _PLAIN] = NO_HOST
-    packed = np.flatnonzero(kind == KIND_COMPRESSED)
-    if len(packed):
-        rows = first[packed] if cluster_index is None else cluster_index[first[packed]]
-        host[packed] = (table[rows] & np.uint64(entries.COMPRESSED - 1)).astype(np.int64)
+    packed = kind == KIND_COMPRESSED
+    if packed.any():
+        rows = first if cluster_index is None else cluster_index[first]
+        host[packed] = (table.take(rows[packed]) & np.uint64(entries.COMPRESSED - 1)).view(np.int64)
     return length, kind, host
 
 
