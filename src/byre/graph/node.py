@@ -126,6 +126,8 @@ class Node:
 
     driver = ""
     kind = ""  # "protocol", "format" or "filter"
+    #: Whether ``debug_event`` does anything here or below; a format asks its file child once, when it is opened.
+    takes_events = False
     layered = False  # a FormatNode, whose reads go layer by layer through io/engine.py
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
@@ -248,6 +250,11 @@ class Node:
     def close(self) -> None:
         """Release what the node owns; its children are closed by the graph. Closing twice is fine."""
         self.closed = True
+
+    # -- fault injection --------------------------------------------------------------------------
+
+    def debug_event(self, name: str) -> None:
+        """The parent is about to do ``name`` ("l2_load", "cluster_alloc", ...; see filters/faults.py): may block."""
 
     def zero_extent(self, offset: int, length: int) -> Extent:
         return Extent(offset, length, ZERO)

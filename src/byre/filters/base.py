@@ -1,0 +1,139 @@
+"""What all filters share: a node that passes everything through, and a lock over byte ranges.
+
+A filter has one filtered child, the edge ``file``; a subclass overrides the requests it changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from ..graph.node import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..graph.child import Child
+    from ..graph.opening import OpenRequest
+    from ..io.extent import Extent
+    from ..io.extentmap import ExtentMap
+
+__all__ = ["FilterNode", "RangeLock", "open_filtered"]
+
+
+class FilterNode(Node):
+    """Passes every request to its ``file`` child unchanged."""
+
+    kind = "filter"
+
+    @property
+    def below(self) -> Node:
+        """The filtered node."""
+        return self.children["file"].node
+
+    @property
+    def takes_events(self) -> bool:  # type: ignore[override]
+        return "file" in self.children and self.below.takes_events
+
+    def debug_event(self, name: str) -> None:
+        self.below.debug_event(name)
+
+    @property
+    def size(self) -> int:
+        return self.below.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.below.read_into(offset, buffer)
+
+    def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.below.readv_into(offset, buffers)
+
+    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        self.below.write_from(offset, buffer, flags)
+
+    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+        self.below.writev_from(offset, buffers, flags)
+
+    def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self.below.write_zeroes(offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.below.discard(offset, length)
+
+    def flush(self) -> None:
+        self.below.flush()
+
+    def block_status(self, offset: int, length: int) -> Extent:
+        return self.below.block_status(offset, length)
+
+    def extents(self, offset: int, length: int) -> ExtentMap:
+        return self.below.extents(offset, length)
+
+    def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
+        self.below.resize(size, preallocation=preallocation, exact=exact)
+
+    def refresh_size(self) -> None:
+        self.below.refresh_size()
+
+    @property
+    def has_zero_init(self) -> bool:
+        return self.below.has_zero_init
+
+    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        return used, shared
+
+
+def open_filtered(request: OpenRequest, node: FilterNode, edge: str, below: Node) -> None:
+    """Attach ``below`` to the new ``node``, which takes over its limits and, as ``file``, its name in messages.
+
+    The node is registered first, so that a failure from here on closes it.
+    """
+    graph = request.opener.graph
+    if edge == "file":
+        node.limits = below.limits
+        node.filename = below.filename
+    if graph.nodes.get(node.name) is not node:
+        request.opener.adopt(node)
+    graph.attach(node, edge, below, "filtered")
+
+
+class RangeLock:
+    """Keeps overlapping byte ranges apart: exclusive ones from all others, shared ones from exclusive ones.
+
+    Waiters are served in the order of arrival where they overlap, so an exclusive one is not starved.
+
+    Guarded by: its own condition.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._entries: list[tuple[int, int, bool]] = []
+
+    def enter(self, start: int, end: int, exclusive: bool) -> tuple[int, int, bool]:
+        """Wait until ``[start, end)`` is free of conflicts; give the result to :meth:`leave`."""
+        entry = _Entry((start, end, exclusive))
+        with self._changed:
+            self._entries.append(entry)
+            while self._blocked(entry):
+                self._changed.wait()
+        return entry
+
+    def _blocked(self, entry: tuple[int, int, bool]) -> bool:
+        start, end, exclusive = entry
+        for other in self._entries:
+            if other is entry:
+                return False
+            if other[0] < end and start < other[1] and (exclusive or other[2]):
+                return True
+        return False
+
+    def leave(self, entry: tuple[int, int, bool]) -> None:
+        with self._changed:
+            self._entries = [other for other in self._entries if other is not entry]
+            self._changed.notify_all()
+
+
+class _Entry(tuple[int, int, bool]):
+    """A tuple with an identity of its own: constants may be shared between equal tuples."""
+
+    __slots__ = ()
