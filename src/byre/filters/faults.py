@@ -13,7 +13,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import IOFailure, InvalidArgument, NoSpace, NotFound, NotSupported
+from ..errors import InvalidArgument, IOFailure, NoSpace, NotFound, NotSupported
 from ..graph.node import Limits
 from ..io.extent import NO_FALLBACK
 from ..options import Option
@@ -121,7 +121,7 @@ class FaultNode(FilterNode):
     """
 
     driver = "blkdebug"
-    takes_events = True  # type: ignore[assignment]
+    takes_events = True
     KINDS: Final = ("read", "write", "write-zeroes", "discard", "flush", "block-status", "resize")
 
     def __init__(self, engine: RuleEngine | None = None, *, name: str = "", read_only: bool = False) -> None:

@@ -19,18 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EVENTS", "IO_TYPES", "ErrorRule", "FaultOptions", "RuleEngine", "StateRule", "read_config", "rules_of"]
 
-EVENTS: Final = frozenset(
-    (
-        "l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update"
-        " l2_update_compressed l2_alloc_cow_read l2_alloc_write read_aio read_backing_aio read_compressed write_aio"
-        " write_compressed vmstate_load vmstate_save cow_read cow_write reftable_load reftable_grow reftable_update"
-        " refblock_load refblock_update refblock_update_part refblock_alloc refblock_alloc_hookup"
-        " refblock_alloc_write refblock_alloc_write_blocks refblock_alloc_write_table refblock_alloc_switch_table"
-        " cluster_alloc cluster_alloc_bytes cluster_free flush_to_os flush_to_disk pwritev_rmw_head"
-        " pwritev_rmw_after_head pwritev_rmw_tail pwritev_rmw_after_tail pwritev pwritev_zero pwritev_done"
-        " empty_image_prepare l1_shrink_write_table l1_shrink_free_l2_clusters cor_write cluster_alloc_space none"
-    ).split()
-)
+_EVENT_NAMES: Final = """
+l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update l2_update_compressed
+l2_alloc_cow_read l2_alloc_write read_aio read_backing_aio read_compressed write_aio write_compressed vmstate_load
+vmstate_save cow_read cow_write reftable_load reftable_grow reftable_update refblock_load refblock_update
+refblock_update_part refblock_alloc refblock_alloc_hookup refblock_alloc_write refblock_alloc_write_blocks
+refblock_alloc_write_table refblock_alloc_switch_table cluster_alloc cluster_alloc_bytes cluster_free flush_to_os
+flush_to_disk pwritev_rmw_head pwritev_rmw_after_head pwritev_rmw_tail pwritev_rmw_after_tail pwritev pwritev_zero
+pwritev_done empty_image_prepare l1_shrink_write_table l1_shrink_free_l2_clusters cor_write cluster_alloc_space none
+"""
+EVENTS: Final = frozenset(_EVENT_NAMES.split())
 IO_TYPES: Final = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
 _DEFAULT_IO_TYPES: Final = frozenset(IO_TYPES[:5])
 
@@ -56,7 +54,10 @@ _RULE_OPTIONS: Final = {
 
 
 class ErrorRule(NamedTuple):
-    """Once ``event`` happened in ``state`` (0: any), requests of ``iotypes`` that touch byte ``offset`` (-1: any) fail."""
+    """Once ``event`` happened in ``state``, requests of ``iotypes`` that touch byte ``offset`` fail.
+
+    0 is any state, -1 any offset.
+    """
 
     event: str
     state: int
@@ -251,4 +252,3 @@ def size_option(values: OptionValues, name: str, unit: int) -> int:
     if size and (size >= 1 << 31 or size % unit):
         raise InvalidArgument(f"option {name!r} is {size}: expected a multiple of {unit} below 2 GiB")
     return size
-
