@@ -57,7 +57,7 @@ class LogNode(FilterNode):
 
     def __init__(self, log: WriteLog | None = None, *, disk: str = "", name: str = "", read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
-        self.log = log or WriteLog()
+        self.log = WriteLog() if log is None else log
         self.disk = disk
 
     def start(self) -> None:

@@ -242,7 +242,9 @@ class Opener:
                 given["file"] = filename
             if row.kind == "protocol" and not protocol:
                 return self._open_over(given, flags, driver_name, implicit)
-            if row.kind == "filter" and not protocol and driver_name:
+            # A format is looked for over a filter named in front of a file, not over one asked for by options.
+            typed = isinstance(spec, str) and not spec.startswith("json:")
+            if row.kind == "filter" and not protocol and (driver_name or typed):
                 return self._open_over(given, flags, driver_name, implicit)
             return self._open_row(row, given, flags, implicit, None)
         if "file" not in given:
