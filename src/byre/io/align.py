@@ -58,7 +58,7 @@ class AlignedAccess:
     :param alignment: of offsets and lengths, bytes, a power of two
     :param memory_alignment: of buffer addresses; 1 if any will do
     :param read: fills an aligned buffer from an aligned offset; zeroes past the end
-    :param write: writes aligned buffers to consecutive bytes from an aligned offset, with the caller's flags
+    :param write: writes aligned buffers to consecutive bytes from an aligned offset
     :param end: length of the thing in bytes, which need not be aligned
     :param write_tail: writes bytes as they are, for a block that the end cuts; without it the thing
         may grow to a multiple of ``alignment``
@@ -69,10 +69,10 @@ class AlignedAccess:
         alignment: int,
         memory_alignment: int,
         read: Callable[[int, memoryview], None],
-        write: Callable[[int, Sequence[memoryview], int], None],
+        write: Callable[[int, Sequence[memoryview]], None],
         *,
         end: Callable[[], int] | None = None,
-        write_tail: Callable[[int, Sequence[memoryview], int], None] | None = None,
+        write_tail: Callable[[int, Sequence[memoryview]], None] | None = None,
     ) -> None:
         self.alignment = alignment
         self.memory_alignment = memory_alignment
@@ -147,7 +147,7 @@ class AlignedAccess:
         finally:
             self._give_back(bounce)
 
-    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+    def writev_from(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write ``buffers`` to consecutive bytes from ``offset``, any alignment."""
         length = sum(map(len, buffers))
         if length == 0:
@@ -155,17 +155,17 @@ class AlignedAccess:
         if (offset | length) % self.alignment == 0:
             with self.claim(offset, length):
                 if self._memory_fits(buffers):
-                    self._write(offset, buffers, flags)
+                    self._write(offset, buffers)
                 else:
-                    self._write_bounced(offset, buffers, length, flags)
+                    self._write_bounced(offset, buffers, length)
             return
         start, end = align_down(offset, self.alignment), align_up(offset + length, self.alignment)
         with self.claim(start, end - start, exclusive=True):
             body = self._body_length(offset, length)
             if body:
-                self._write_bounced(offset, buffers, body, flags)
+                self._write_bounced(offset, buffers, body)
             if body < length and self._write_tail is not None:
-                self._write_tail(offset + body, _cut(buffers, body), flags)
+                self._write_tail(offset + body, _cut(buffers, body))
 
     def _body_length(self, offset: int, length: int) -> int:
         """How much of an unaligned write goes as whole blocks: all, unless its last block reaches past the end."""
@@ -176,7 +176,7 @@ class AlignedAccess:
             return length
         return max(0, align_down(end, self.alignment) - offset)
 
-    def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int, flags: int) -> None:
+    def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
         """Write the first ``length`` bytes through aligned memory; blocks at the ends keep their other bytes."""
         source = _Source(buffers)
         bounce = self._take_buffer()
@@ -193,7 +193,7 @@ class AlignedAccess:
                     last = len(block) - self.alignment
                     self._read(start + last, block[last:])
                 source.copy_to(block[skip : skip + step])
-                self._write(start, (block,), flags)
+                self._write(start, (block,))
                 done += step
         finally:
             self._give_back(bounce)

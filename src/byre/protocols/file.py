@@ -1,9 +1,8 @@
 """Regular files and block devices: the leaf under most graphs.
 
-Owns one file descriptor, its cached length, the image locks on it and what was learned about it (what
-the file system cannot do, where the last data was found). Opening is :mod:`.descriptor`, creating
-:mod:`.filecreate`, locks :mod:`.locks`, fallocate and holes :mod:`.space`. All I/O is synchronous in the
-calling thread, whatever ``aio`` says.
+Owns one file descriptor and whether its flushes can still be trusted. Opening is :mod:`.descriptor`,
+creating :mod:`.filecreate`, locks :mod:`.locks`, the length :mod:`.length`, holes and zeroing
+:mod:`.filespace`. All I/O is synchronous in the calling thread, whatever ``aio`` says.
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ..errors import ByreError, InvalidArgument, IOFailure, NotSupported, ReadOnly, from_oserror, printable
 from ..graph.node import PERM_ALL, Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
-from ..io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, ZERO, Extent
+from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
-from ..units import align_down, align_up
-from . import descriptor, space
-from .length import FileLength
+from . import descriptor
+from .filespace import FileSpace
+from .length import FileLength, check_preallocation, set_length
 from .locks import FileLocks
+from .vectors import IOV_MAX, pwritev_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..graph.opening import OpenFlags, OpenRequest
     from ..io.align import AlignedAccess
+    from ..io.extent import Extent
     from ..io.extentmap import ExtentMap
     from ..options import OptionValues
 
@@ -53,10 +54,8 @@ CREATE_OPTIONS: Final = OptionSet(
     Option("size", "size", "Virtual disk size", 0),
 )  # fmt: skip
 
-_IOV_MAX: Final = 1024
-_RWF_DSYNC: Final = getattr(os, "RWF_DSYNC", 0)
+_ZERO_STEP: Final = 1 << 20
 _NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM)
-_TRUNCATED: Final = "cannot change the size from {} to {}"
 
 
 class _Reopen(NamedTuple):
@@ -71,9 +70,8 @@ class _Reopen(NamedTuple):
 class FileNode(Node):
     """An open regular file or block device.
 
-    Guarded by ``_length``: the cached size. Guarded by ``_lock``: the flush state and the descriptor for
-    unaligned tails. Guarded by the graph lock: locks, reopening. What was learned about the file (``_cannot``,
-    ``_data``) is replaced whole and may be lost, never wrong.
+    Guarded by ``_length``: the cached size. Guarded by ``_lock``: flush state, the descriptor for unaligned
+    tails. Guarded by the graph lock: locks, reopening.
 
     :ivar identity: equal for two nodes exactly if they are the same file
     :ivar is_device: a block device
@@ -94,14 +92,14 @@ class FileNode(Node):
         self._lock = threading.Lock()
         self._locks = FileLocks(locking, path)
         self._length = FileLength(descriptor.file_size(self._fd, self.is_device, self._where))
-        self._data = (0, 0)  # the last data run found; bytes in it are data or were a moment ago
-        self._cannot: frozenset[object] = frozenset()
+        sector = descriptor.sector_size(self._fd) if self.is_device else 0
+        self._space = FileSpace(self._fd, self._length, sector)
         self._other_changes = 0  # resizes and copies, which statistics do not count
         self._flushed = 0
         self._flush_failure = ""
         self._tail_fd = -1
-        self._dsync = _RWF_DSYNC
         self._direct, self.limits = self._prepare_direct(opened, flags)
+        self._space.direct = self._direct
 
     def _prepare_direct(self, opened: descriptor.Descriptor, flags: OpenFlags) -> tuple[AlignedAccess | None, Limits]:
         if not flags.direct:
@@ -135,7 +133,8 @@ class FileNode(Node):
             raise from_oserror(error, "cannot read the allocated size", self._where) from None
 
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
-        """
+        """Change the length; a device only answers whether it fits.
+
         :param preallocation: "off", "falloc" (reserved) or "full" (written)
         :param exact: for a device, whose size cannot change: with False it need only be large enough
         :raises InvalidArgument: a device of another size, or preallocation while shrinking
@@ -146,15 +145,16 @@ class FileNode(Node):
             self._check_device_size(size, exact)
             return
         with self._length.setting():
+            before = self._real_end()
+            check_preallocation(preallocation, before, size, self._where)
             try:
-                before = os.fstat(self._fd).st_size
-                check_preallocation(preallocation, before, size, self._where)
                 set_length(self._fd, before, size, preallocation)
-            except OSError as error:
-                raise from_oserror(error, _TRUNCATED.format(before, size), self._where) from None
+            except (OSError, OverflowError) as error:
+                system = error if isinstance(error, OSError) else OSError(errno.EFBIG, "")
+                raise from_oserror(system, f"cannot change the size from {before} to {size}", self._where) from None
             finally:
-                self._length.value = os.fstat(self._fd).st_size
-                self._data = (0, 0)
+                self._length.value = self._real_end()
+                self._space.forget_data()
                 self._changed_otherwise()
 
     def _check_device_size(self, size: int, exact: bool) -> None:
@@ -186,7 +186,7 @@ class FileNode(Node):
 
     def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = sum(map(len, buffers))
-        if self._direct is not None or len(buffers) > _IOV_MAX:
+        if self._direct is not None or len(buffers) > IOV_MAX:
             super().readv_into(offset, buffers)
             return
         started = perf_counter_ns()
@@ -225,7 +225,7 @@ class FileNode(Node):
         try:
             done = pwritev(self._fd, (buffer,), offset)
             if done != length:
-                self._write_all(offset + done, (buffer[done:],), 0)
+                self._write_all(offset + done, (buffer[done:],))
         except (OSError, OverflowError) as error:
             raise self._failed(Stats.WRITE, "write", offset, length, error) from None
         stats = self.stats
@@ -239,53 +239,40 @@ class FileNode(Node):
     def _write_with_care(self, offset: int, buffers: Sequence[memoryview], length: int, flags: int) -> None:
         """A write that may grow the file, be durable, be direct, or come in pieces."""
         self._check_writable()
-        if length == 0:
-            if flags & FUA:
-                self.flush()
-            return
         started = perf_counter_ns()
-        durable = flags & FUA and not self.open_flags.no_flush
-        if durable:
-            self._check_flushed()
-        end = offset + length
-        growing = end > self._length.value
-        if growing and self.is_device:
-            raise self._failed(Stats.WRITE, "write", offset, length, OSError(errno.ENOSPC, ""))
-        if growing:
-            self._length.begin()
-        reached = 0
         try:
-            self._write_pieces(offset, buffers, self._dsync if durable else 0)
-            reached = end
+            if offset + length > self._length.value and length:
+                self._write_growing(offset, buffers, offset + length)
+            else:
+                self._write_any(offset, buffers)
         except (OSError, OverflowError) as error:
-            if durable:
-                self._flush_failure = self._flush_failure or str(error)
-            reached = self._real_end() if growing else 0
             raise self._failed(Stats.WRITE, "write", offset, length, error) from None
-        finally:
-            if growing:
-                self._length.end(reached)
-        self.stats.done(1, length, started)
-        if end > self.stats.highest_written:
-            self.stats.wrote(end)
-        if durable and not self._dsync:
+        self.stats.done(Stats.WRITE, length, started)
+        self.stats.wrote(offset + length)
+        if flags & FUA:
+            # Not RWF_DSYNC: a failure to write (no space) must be told from a failure to make durable.
             self.flush()
 
-    def _write_pieces(self, offset: int, buffers: Sequence[memoryview], sync: int) -> None:
-        write = self._write_all if self._direct is None else self._direct.writev_from
+    def _write_growing(self, offset: int, buffers: Sequence[memoryview], end: int) -> None:
+        self._check_growth()
+        self._length.begin()
+        reached = 0
         try:
-            write(offset, buffers, sync)
-        except OSError as error:
-            if not sync or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            self._dsync = 0  # this file system knows no durable writes; the caller flushes instead
-            write(offset, buffers, 0)
+            self._write_any(offset, buffers)
+            reached = end
+        finally:
+            self._length.end(reached or self._real_end())
 
-    def _write_all(self, offset: int, buffers: Sequence[memoryview], sync: int) -> None:
-        """All of ``buffers`` from ``offset``, however often the system stops early."""
-        _pwritev_all(self._fd, offset, buffers, sync)
+    def _write_any(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        if self._direct is None:
+            self._write_all(offset, buffers)
+        else:
+            self._direct.writev_from(offset, buffers)
 
-    def _write_tail(self, offset: int, buffers: Sequence[memoryview], sync: int) -> None:
+    def _write_all(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        pwritev_all(self._fd, offset, buffers)
+
+    def _write_tail(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """The last, partial block of a file in direct mode goes through the page cache: its length is exact then.
 
         Direct requests to the same block make the system write it back first.
@@ -294,13 +281,18 @@ class FileNode(Node):
             if self._tail_fd < 0:
                 self._tail_fd = descriptor.reopen_descriptor(self._fd, self.filename, self.identity,
                                                              read_only=False, direct=False).fd  # fmt: skip
-        _pwritev_all(self._tail_fd, offset, buffers, sync)
+        pwritev_all(self._tail_fd, offset, buffers)
 
     def _real_end(self) -> int:
         try:
             return os.fstat(self._fd).st_size
         except OSError:
             return 0
+
+    def _check_growth(self) -> None:
+        """:raises OSError: a device cannot grow"""
+        if self.is_device:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -317,7 +309,7 @@ class FileNode(Node):
 
     def flush(self) -> None:
         """:raises IOFailure: this flush failed, or one before: what was written since the last good one may be lost"""
-        if self.open_flags.no_flush or self.read_only:
+        if self.open_flags.no_flush:
             return
         self._check_flushed()
         changes = self._change_count()
@@ -327,7 +319,7 @@ class FileNode(Node):
         try:
             os.fdatasync(self._fd)
         except OSError as error:
-            # The system may have marked the pages clean: a second call that succeeds would prove nothing.
+            # The system may have marked the pages clean: a later flush that succeeds would prove nothing.
             self._flush_failure = self._flush_failure or os.strerror(error.errno or errno.EIO)
             self.stats.failed(Stats.FLUSH)
             raise from_oserror(error, "cannot flush", self._where) from None
@@ -346,176 +338,59 @@ class FileNode(Node):
             raise IOFailure(f"an earlier flush failed ({self._flush_failure}), so data written before it may be lost",
                             where=self._where, hint="close the file and check what it holds")  # fmt: skip
 
-    # -- zeroes and discards ----------------------------------------------------------------------
+    # -- zeroes, discards, holes ------------------------------------------------------------------
 
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """:raises NotSupported: with ``NO_FALLBACK``, and the system cannot zero without writing"""
+        self._check_writable()
         if length > 0:
-            self._check_writable()
             started = perf_counter_ns()
             try:
-                if not self._zero(offset, length, flags):
-                    self._zero_by_writing(offset, length, flags)
+                if offset + length > self._length.value:
+                    self._check_growth()
+                start, end = self._space.zero(offset, length, unmap=bool(flags & MAY_UNMAP),
+                                              may_write=not flags & NO_FALLBACK)  # fmt: skip
+                if end - start < length and flags & NO_FALLBACK:
+                    raise NotSupported("the system cannot zero this range without writing it", where=self._where)
             except (OSError, OverflowError) as error:
                 raise self._failed(Stats.ZEROES, "write zeroes to", offset, length, error) from None
-            finally:
-                self._data = (0, 0)
+            self._fill_zeroes(offset, start - offset)
+            self._fill_zeroes(end, offset + length - end)
             self.stats.done(Stats.ZEROES, length, started)
             self.stats.wrote(offset + length)
         if flags & FUA:
             self.flush()
 
-    def _zero_by_writing(self, offset: int, length: int, flags: int) -> None:
-        if flags & NO_FALLBACK:
-            raise NotSupported("the file system cannot zero a range without writing it", where=self._where)
-        step = 1 << 20
-        for start in range(offset, offset + length, step):
-            self.write_from(start, zero_view(min(step, offset + length - start)))
-
-    def _zero(self, offset: int, length: int, flags: int) -> bool:
-        """Zero by a system call that moves no data; False if there is none."""
-        if self.is_device:
-            return self._zero_device(offset, length, flags)
-        end = offset + length
-        inside = min(end, self._length.value) - offset
-        if flags & MAY_UNMAP and self._fallocate(space.PUNCH, offset, inside):
-            self._grow(end)
-            return True
-        if self._fallocate(space.ZERO_RANGE, offset, length):
-            return True
-        # Without ZERO_RANGE (tmpfs): a hole reads as zeroes, and allocating it keeps the space.
-        return self._fallocate(space.PUNCH, offset, inside) and self._fallocate(space.ALLOCATE, offset, length)
-
-    def _zero_device(self, offset: int, length: int, flags: int) -> bool:
-        unit = max(512, self._sector_size())
-        start, end = align_up(offset, unit), align_down(offset + length, unit)
-        if start >= end:
-            return False
-        mode = space.PUNCH if flags & MAY_UNMAP else space.ZERO_RANGE | 1
-        if not self._fallocate(mode, start, end - start) and (
-            flags & NO_FALLBACK or not space.device_zero(self._fd, start, end - start)
-        ):
-            return False
-        if (offset, offset + length) != (start, end):
-            if flags & NO_FALLBACK:
-                return False
-            self._zero_by_writing(offset, start - offset, 0)
-            self._zero_by_writing(end, offset + length - end, 0)
-        return True
-
-    def _sector_size(self) -> int:
-        return self._direct.alignment if self._direct is not None else descriptor.sector_size(self._fd)
-
-    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """fallocate, remembering what this file system cannot do."""
-        if length <= 0:
-            return True
-        if mode in self._cannot:
-            return False
-        end = offset + length
-        growing = mode & 1 == 0 and end > self._length.value
-        if growing:
-            self._length.begin()
-        reached = 0
-        try:
-            if self._direct is None:
-                done = space.fallocate(self._fd, mode, offset, length)
-            else:
-                with self._direct.claim(offset, length):
-                    done = space.fallocate(self._fd, mode, offset, length)
-            reached = end if done else 0
-        finally:
-            if growing:
-                self._length.end(reached)
-        if not done:
-            self._cannot |= {mode}
-        return done
-
-    def _grow(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long, with a hole."""
-        if end <= self._length.value:
-            return
-        with self._length.setting():
-            if end > self._length.value:
-                os.ftruncate(self._fd, end)
-                self._length.value = end
+    def _fill_zeroes(self, offset: int, length: int) -> None:
+        for done in range(0, length, _ZERO_STEP):
+            self.write_from(offset + done, zero_view(min(_ZERO_STEP, length - done)))
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space back where ``discard=unmap`` was asked for; else nothing happens."""
-        if not self.open_flags.unmap or length <= 0:
+        if not self.open_flags.unmap:
             return
         self._check_writable()
         started = perf_counter_ns()
         try:
-            self._discard(offset, min(length, self._length.value - offset))
+            self._space.discard(offset, length)
         except (OSError, OverflowError) as error:
             raise self._failed(Stats.DISCARD, "discard", offset, length, error) from None
-        finally:
-            self._data = (0, 0)
         self.stats.done(Stats.DISCARD, length, started)
-
-    def _discard(self, offset: int, length: int) -> None:
-        if not self.is_device:
-            self._fallocate(space.PUNCH, offset, length)
-            return
-        if "discard" in self._cannot:
-            return
-        unit = max(512, self._sector_size())
-        start, end = align_up(offset, unit), align_down(offset + length, unit)
-        if start < end and not space.device_discard(self._fd, start, end - start):
-            self._cannot |= {"discard"}
-
-    # -- what is where ----------------------------------------------------------------------------
 
     def block_status(self, offset: int, length: int) -> Extent:
         """DATA, or ZERO for a hole (host = offset: the same place in the file) and past the end (no host)."""
-        size = self._length.value
-        if offset >= size:
-            return Extent(offset, length, ZERO)
-        length = min(length, size - offset)
-        start, stop = self._data
-        if not start <= offset < stop:
-            if "seek" in self._cannot:
-                return Extent(offset, length, DATA, offset)
-            found = self._find_data(offset)
-            if found is None or found[0] >= offset + length:
-                return Extent(offset, length, ZERO, offset)
-            start, stop = found
-            if start > offset:
-                return Extent(offset, start - offset, ZERO, offset)
-            self._data = found
-        return Extent(offset, min(length, stop - offset), DATA, offset)
-
-    def _find_data(self, offset: int) -> tuple[int, int] | None:
-        """The first data run at or behind ``offset``; the rest of the file if the system cannot tell."""
         try:
-            found = space.next_data(self._fd, offset)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise from_oserror(error, f"cannot look for data at {offset:#x}", self._where) from None
-            self._cannot |= {"seek"}
-            return offset, 1 << 63
-        if found is not None and found[1] <= offset:  # punched between the two calls
-            return offset, offset + 1
-        return found
+            return self._space.status(offset, length)
+        except (OSError, OverflowError) as error:
+            raise self._failed(Stats.READ, "look for data in", offset, length, error) from None
 
     def extents(self, offset: int, length: int) -> ExtentMap:
         from ..io.extentmap import ExtentMap
 
-        rows: list[Extent] = []
-        at, end = offset, offset + length
-        inside = min(end, self._length.value)
-        while at < inside:
-            found = self._find_data(at) if "seek" not in self._cannot else (at, inside)
-            start, stop = found if found is not None else (inside, inside)
-            start, stop = min(start, inside), min(stop, inside)
-            if start > at:
-                rows.append(Extent(at, start - at, ZERO, at))
-            if stop > start:
-                rows.append(Extent(start, stop - start, DATA, start))
-            at = max(stop, start)
-        if end > max(at, offset):
-            rows.append(Extent(max(at, offset), end - max(at, offset), ZERO))
-        return ExtentMap.from_extents(rows).coalesced()
+        try:
+            return ExtentMap.from_extents(self._space.extents(offset, length))
+        except (OSError, OverflowError) as error:
+            raise self._failed(Stats.READ, "look for data in", offset, length, error) from None
 
     # -- copying ----------------------------------------------------------------------------------
 
@@ -575,6 +450,7 @@ class FileNode(Node):
         self.open_flags = token.flags
         self.read_only = token.opened.read_only
         self._direct, self.limits = token.direct, token.limits
+        self._space.fd, self._space.direct = self._fd, self._direct
         descriptor.close_quietly(old)
 
     def reopen_abort(self, token: object) -> None:
@@ -593,59 +469,6 @@ class FileNode(Node):
                 os.close(fd)
             except OSError as error:
                 raise from_oserror(error, "cannot close", self._where) from None
-
-
-def _pwritev_all(fd: int, offset: int, buffers: Sequence[memoryview], sync: int) -> None:
-    for first in range(0, len(buffers), _IOV_MAX):
-        batch = buffers[first : first + _IOV_MAX]
-        length = sum(map(len, batch))
-        while length > 0:
-            done = pwritev(fd, batch, offset, sync)
-            if done == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            offset += done
-            length -= done
-            if length:
-                batch = _behind(batch, done)
-
-
-def _behind(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
-    """The buffers without their first ``skip`` bytes."""
-    index = 0
-    while skip >= len(buffers[index]):
-        skip -= len(buffers[index])
-        index += 1
-    return [buffers[index][skip:], *buffers[index + 1 :]]
-
-
-def check_preallocation(mode: str, before: int, after: int, where: str) -> None:
-    """:raises ByreError: the mode is unknown here, or makes no sense for this change of size"""
-    if mode not in ("off", "falloc", "full"):
-        raise NotSupported(f"preallocation {mode!r} is not for files; they know off, falloc and full", where=where)
-    if mode != "off" and after < before:
-        raise InvalidArgument(f"preallocation {mode!r} makes no sense when a file shrinks", where=where)
-
-
-def set_length(fd: int, before: int, after: int, preallocation: str) -> None:
-    """Make the file behind ``fd`` ``after`` bytes long; a failed growth leaves the old length.
-
-    :raises OSError: the system's
-    """
-    if preallocation == "off" or after == before:
-        os.ftruncate(fd, after)
-        return
-    try:
-        if preallocation == "falloc":
-            os.posix_fallocate(fd, before, after - before)
-            return
-        os.ftruncate(fd, after)
-        step = 1 << 20
-        for start in range(before, after, step):
-            _pwritev_all(fd, start, (zero_view(min(step, after - start)),), 0)
-        os.fdatasync(fd)
-    except BaseException:
-        os.ftruncate(fd, before)
-        raise
 
 
 def open_node(request: OpenRequest) -> FileNode:

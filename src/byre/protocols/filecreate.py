@@ -11,7 +11,7 @@ from ..errors import InvalidArgument, from_oserror, printable
 from ..graph.node import PERM_RESIZE, PERM_WRITE
 from ..units import MIB, SECTOR, align_up
 from . import descriptor
-from .file import check_preallocation, set_length
+from .length import check_preallocation, set_length
 from .locks import FileLocks
 
 if TYPE_CHECKING:

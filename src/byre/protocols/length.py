@@ -1,15 +1,20 @@
-"""Length of a file that several threads write, kept without asking the system each time."""
+"""Length of a file: kept without asking the system while several threads write, and set."""
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import InvalidArgument, NotSupported
+from ..io.buffers import zero_view
+from .vectors import pwritev_all
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FileLength"]
+__all__ = ["FileLength", "check_preallocation", "set_length"]
 
 
 class FileLength:
@@ -60,3 +65,33 @@ class FileLength:
             with self._changed:
                 self._setting = False
                 self._changed.notify_all()
+
+
+def check_preallocation(mode: str, before: int, after: int, where: str) -> None:
+    """:raises ByreError: the mode is unknown here, or makes no sense for this change of size"""
+    if mode not in ("off", "falloc", "full"):
+        raise NotSupported(f"preallocation {mode!r} is not for files; they know off, falloc and full", where=where)
+    if mode != "off" and after < before:
+        raise InvalidArgument(f"preallocation {mode!r} makes no sense when a file shrinks", where=where)
+
+
+def set_length(fd: int, before: int, after: int, preallocation: str) -> None:
+    """Make the file behind ``fd`` ``after`` bytes long; a failed growth leaves the old length.
+
+    :raises OSError: the system's
+    """
+    if preallocation == "off" or after == before:
+        os.ftruncate(fd, after)
+        return
+    try:
+        if preallocation == "falloc":
+            os.posix_fallocate(fd, before, after - before)
+            return
+        os.ftruncate(fd, after)
+        step = 1 << 20
+        for start in range(before, after, step):
+            pwritev_all(fd, start, (zero_view(min(step, after - start)),))
+        os.fdatasync(fd)
+    except BaseException:
+        os.ftruncate(fd, before)
+        raise

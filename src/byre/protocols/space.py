@@ -1,7 +1,7 @@
 """Space of open files: zero, punch and allocate ranges, find data and holes.
 
 Thin calls on file descriptors. Each answers False where the system cannot do it, and raises OSError
-where it tried and failed; :mod:`byre.protocols.file` remembers the one and words the other.
+where it tried and failed; :mod:`.filespace` remembers the one, :mod:`.file` words the other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import ctypes
-    from collections.abc import Iterator
 
-__all__ = ["ALLOCATE", "PUNCH", "ZERO_RANGE", "data_runs", "device_discard", "device_zero", "fallocate", "next_data"]
+__all__ = ["ALLOCATE", "KEEP_SIZE", "PUNCH", "ZERO_RANGE", "device_discard", "device_zero", "fallocate", "next_data"]
 
-_KEEP_SIZE: Final = 1
+KEEP_SIZE: Final = 1
 ALLOCATE: Final = 0
-PUNCH: Final = 2 | _KEEP_SIZE
+PUNCH: Final = 2 | KEEP_SIZE
 ZERO_RANGE: Final = 16
 
 _BLKDISCARD: Final = 0x1277
@@ -93,18 +92,3 @@ def next_data(fd: int, offset: int) -> tuple[int, int] | None:
         if error.errno == errno.ENXIO:
             return None
         raise
-
-
-def data_runs(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """``(start, stop)`` of all data within ``[offset, end)``, in order.
-
-    :raises OSError: EINVAL where the file system cannot tell
-    """
-    while offset < end:
-        found = next_data(fd, offset)
-        if found is None or found[0] >= end:
-            return
-        start, stop = found
-        if stop > start:
-            yield start, min(stop, end)
-        offset = max(stop, start + 1)
