@@ -276,6 +276,23 @@ class Image:
         self._request(Stats.WRITE, len(view), lambda: node.write_compressed(offset, view))
         self.stats.wrote(offset + len(view))
 
+    def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
+        """Store consecutive clusters from ``offset``, compressed by the node's ``compress``, in one request.
+
+        :raises NotSupported: the format has no compressed clusters
+        """
+        from .formats.abilities import HasCompression
+
+        node = self.node
+        if self.read_only:
+            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
+        if not isinstance(node, HasCompression):
+            raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
+        length = min(len(payloads) * node.cluster_size, self.size - offset)
+        self._check("write", offset, length)
+        self._request(Stats.WRITE, length, lambda: node.write_compressed_clusters(offset, payloads))
+        self.stats.wrote(offset + length)
+
     def discard(self, offset: int, length: int) -> None:
         """The range is no longer needed. Reads as zeroes or as before, as the format can."""
         self._check_write(offset, length)

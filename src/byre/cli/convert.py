@@ -1,0 +1,274 @@
+"""``convert``: copy images into a new one of any format, or into an existing one (``-n``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ..catalog import driver
+from ..errors import ByreError, InvalidArgument, NotSupported
+from ..units import SECTOR, align_up
+from . import common
+from .create import declared_options
+from .progress import Display, mode_for
+
+if TYPE_CHECKING:
+    from ..image import Image
+    from ..jobs.blockcopy import CopySettings
+
+__all__ = ["HELP", "run"]
+
+_TABLE: Final = (
+    common.FORMAT._replace(help="format of the input; probed if it is not given"),
+    common.Switch("output-format", "O", "target-format", "FMT", "format of the output; raw if it is not given"),
+    common.Switch("compress", "c", "compress", "", "write compressed clusters"),
+    common.Switch("level", "", "level", "N", "how hard to compress: 1 to 9 (zlib), 1 to 22 (zstd)"),
+    common.Switch("offload", "C", "copy-range-offloading", "", "let the system copy from file to file where it can"),
+    common.Switch("options", "o", "target-format-options", "KEY=VALUE,...", "creation options; -o help lists them"),
+    common.Switch("backing-file", "B", "backing", "FILENAME", "the output becomes an overlay of this file"),
+    common.Switch("backing-format", "F", "backing-format", "FMT", "format of the backing file"),
+    common.Switch("snapshot", "l", "snapshot", "SNAPSHOT", "convert an internal snapshot"),
+    common.Switch("sparse", "S", "sparse-size", "SIZE", "zeroes this long become holes (4k); 0 writes everything"),
+    common.Switch("no-create", "n", "no-create", "", "the output exists: fill it"),
+    common.Switch("target-is-zero", "", "target-is-zero", "", "the existing output reads as zeroes"),
+    common.Switch("target-image-opts", "", "target-image-opts", "", "the output is key=value,... (with -n)"),
+    common.Switch("cache", "t", "cache", "CACHE", "cache mode of the output (unsafe)"),
+    common.SOURCE_CACHE,
+    common.Switch("rate", "r", "rate-limit", "RATE", "bytes per second"),
+    common.Switch("parallel", "m", "parallel", "COUNT", "how many requests at once, 1 to 16"),
+    common.Switch("out-of-order", "W", "oob-writes", "", "write in any order"),
+    common.Switch("salvage", "", "salvage", "", "what cannot be read becomes zeroes, with a warning"),
+    common.Switch("bitmaps", "", "bitmaps", "", "copy persistent bitmaps"),
+    common.Switch("skip-broken", "", "skip-broken-bitmaps", "", "but not inconsistent ones"),
+    common.PROGRESS,
+    common.Switch("progress-kind", "", "progress", "bar|text|json", "how to show the progress"),
+    common.QUIET,
+    common.IMAGE_OPTS,
+    common.OBJECT,
+    common.FORCE_SHARE,
+)
+
+HELP: Final = f"""\
+usage: byre convert [OPTIONS] FILENAME... OUTPUT_FILENAME
+Copy an image, or several one behind the other, into OUTPUT_FILENAME.
+
+{common.option_help(_TABLE)}"""
+
+MAX_SPARSE: Final = 16 << 20
+MAX_PARALLEL: Final = 16
+
+
+def run(arguments: list[str]) -> int:
+    given = common.parse(_TABLE, arguments)
+    options = common.create_options(given.all("options"))
+    if options is None:
+        _print_options(given)
+        return 0
+    _check_combinations(given)
+    settings = _settings(given)
+    if len(given.positional) < 2:
+        raise common.UsageError("must specify the input and the output image file name")
+    if given.last("snapshot"):
+        raise NotSupported("converting an internal snapshot (-l) is not supported yet")
+    if given.has("bitmaps"):
+        raise NotSupported("copying persistent bitmaps (--bitmaps) is not supported yet")
+    mode = mode_for(given.has("progress"), given.last("progress-kind"), given.has("quiet"))
+    rate = common.size_argument(given.last("rate"), "rate limit") if given.has("rate") else 0
+    _check_cache(given.last("cache", "unsafe"), "cache")
+    _check_cache(given.last("source-cache", "writeback"), "source cache")
+    sources: list[Image] = []
+    try:
+        for name in given.positional[:-1]:
+            sources.append(common.open_image(name, given, format=given.last("format"),
+                                             cache=given.last("source-cache", "writeback")))  # fmt: skip
+        _Conversion(given, options, settings, sources, mode, rate).run()
+    finally:
+        for image in reversed(sources):
+            image.close()
+    return 0
+
+
+def _print_options(given: common.Given) -> None:
+    if given.has("target-image-opts") and not given.has("output-format"):
+        raise common.UsageError("option help requires a format be specified")
+    name = given.last("output-format", "raw")
+    common.print_create_options(name, declared_options(name), complete=len(given.positional) > 1)
+
+
+def _check_combinations(given: common.Given) -> None:
+    """:raises UsageError: options that exclude or need each other"""
+    for condition, message in (
+        (given.has("skip-broken") and not given.has("bitmaps"), "use of --skip-broken-bitmaps requires --bitmaps"),
+        (given.has("compress") and given.has("offload"), "cannot enable copy offloading when -c is used"),
+        (given.has("sparse") and given.has("offload"), "cannot enable copy offloading when -S is used"),
+        (given.has("salvage") and given.has("offload"), "cannot use copy offloading in salvaging mode"),
+        (given.has("target-image-opts") and not given.has("no-create"), "--target-image-opts requires use of -n flag"),
+        (given.has("options") and given.has("no-create"), "-o has no effect when skipping image creation"),
+        (given.has("target-is-zero") and not given.has("no-create"), "--target-is-zero requires use of -n flag"),
+        (given.has("level") and not given.has("compress"), "--level needs -c"),
+        (given.last("progress-kind", "text") not in ("bar", "text", "json"), "--progress must be bar, text or json"),
+    ):
+        if condition:
+            raise common.UsageError(message)
+
+
+def _settings(given: common.Given) -> CopySettings:
+    from ..jobs.blockcopy import CopySettings
+
+    sparse = 4096
+    if given.has("sparse"):
+        sparse = common.size_argument(given.last("sparse"), "buffer size for sparse output")
+        if sparse % SECTOR or sparse > MAX_SPARSE:
+            raise InvalidArgument(
+                f"invalid buffer size for sparse output: {sparse}",
+                hint=f"multiples of {SECTOR} up to {MAX_SPARSE} are valid; 0 writes everything",
+            )
+    return CopySettings(
+        sparse=sparse,
+        compress=given.has("compress"),
+        level=_number(given, "level", "compression level", 1, 22) if given.has("level") else 0,
+        in_order=not given.has("out-of-order"),
+        threads=_number(given, "parallel", "number of parallel requests", 1, MAX_PARALLEL)
+        if given.has("parallel")
+        else 0,
+        offload=given.has("offload"),
+        salvage=(_say_nothing if given.has("quiet") else common.warn) if given.has("salvage") else None,
+    )
+
+
+def _say_nothing(_message: str) -> None:
+    pass
+
+
+def _number(given: common.Given, key: str, what: str, least: int, most: int) -> int:
+    text = given.last(key)
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise InvalidArgument(f"invalid {what} {text!r}: allowed are {least} to {most}")
+    return number
+
+
+def _check_cache(mode: str, what: str) -> None:
+    from ..image import CACHE_MODES
+
+    if mode not in CACHE_MODES:
+        raise InvalidArgument(f"invalid {what} option {mode!r}: expected one of {', '.join(CACHE_MODES)}")
+
+
+class _Conversion:
+    """Make or open the target, copy, and tidy up if that fails."""
+
+    def __init__(self, given: common.Given, options: dict[str, str], settings: CopySettings, sources: list[Image],
+                 mode: str, rate: int) -> None:  # fmt: skip
+        self.given = given
+        self.options = options
+        self.settings = settings
+        self.sources = sources
+        self.mode = mode
+        self.rate = rate
+        self.output = given.positional[-1]
+        self.format = given.last("output-format", "" if given.has("target-image-opts") else "raw")
+        self.new = not given.has("no-create")
+        self.size = sum(align_up(image.size, SECTOR) for image in sources)
+
+    def run(self) -> None:
+        from ..jobs.convert import MadeFiles, check_not_source
+
+        if not self.given.has("target-image-opts"):
+            check_not_source(self.sources, self.output)
+        over_backing = self._settle_backing()
+        if not self.new:
+            self._copy(over_backing)
+            return
+        self._check_new()
+        made = MadeFiles(self.output, self.options)
+        self._create()
+        try:
+            self._copy(over_backing)
+        except BaseException:
+            left = made.remove()
+            if left:
+                common.warn(left)
+            raise
+
+    def _settle_backing(self) -> bool:
+        """Put -B and -F into the options; whether the target has a backing file."""
+        given, options = self.given, self.options
+        declared = declared_options(self.format) if self.new else ()
+        for key, name, what in (
+            ("backing-file", "backing_file", "backing file"),
+            ("backing-format", "backing_fmt", "backing format"),
+        ):
+            if given.has(key) and self.new:
+                if name not in declared:
+                    raise NotSupported(f"{what} not supported for file format {self.format!r}")
+                options[name] = given.last(key)
+        over_backing = bool(options.get("backing_file") if self.new else given.last("backing-file"))
+        if not over_backing:
+            return False
+        if given.has("target-is-zero"):
+            raise InvalidArgument("cannot use --target-is-zero when the destination image has a backing file")
+        if len(self.sources) > 1:
+            raise InvalidArgument("a backing file for the target makes no sense when concatenating input images")
+        if self.new and "backing_fmt" not in options:
+            raise InvalidArgument("use of a backing file requires an explicit backing format", hint="use -F")
+        return True
+
+    def _check_new(self) -> None:
+        """Refuse before anything is written."""
+        if self.settings.compress:
+            if not any(name.startswith("compress") for name in (o.name for o in declared_options(self.format).options)):
+                raise NotSupported("compression not supported for this file format", where=self.output)
+            if self.options.get("encryption") == "on" or "encrypt.format" in self.options:
+                raise NotSupported("compression and encryption not supported at the same time")
+            if self.options.get("preallocation", "off") != "off":
+                raise NotSupported("compression and preallocation not supported at the same time")
+
+    def _create(self) -> None:
+        from ..graph.creating import create
+        from ..graph.opening import Policy
+
+        try:
+            create(self.output, self.format, options={**self.options, "size": self.size},
+                   policy=Policy(allow_references=True))  # fmt: skip
+        except ByreError as error:
+            error.message = f"error while converting to {driver(self.format).name}: {error.message}"
+            error.where = error.where or self.output
+            raise
+
+    def _open_target(self) -> Image:
+        from ..graph.opening import Policy
+
+        cache = self.given.last("cache", "unsafe")
+        return common.open_image(
+            self.output,
+            self.given,
+            format=self.format,
+            image_opts=self.given.has("target-image-opts"),
+            read_only=False,
+            cache=cache,
+            force_share=False,
+            resizable=cache in ("none", "off", "directsync"),
+            discard="unmap" if self.settings.sparse else "ignore",
+            # The user named all files of a target that was just made.
+            policy_override=Policy(allow_references=True) if self.new else None,
+        )
+
+    def _copy(self, over_backing: bool) -> None:
+        from ..jobs.convert import ConvertJob
+
+        with self._open_target() as target:
+            job = ConvertJob(
+                self.sources,
+                target,
+                self.settings,
+                target_is_new=self.new,
+                target_is_zero=self.given.has("target-is-zero"),
+                over_backing=over_backing,
+                speed=self.rate,
+                measure=self.mode != "none",
+            )
+            with Display(job.control, "convert", self.mode):
+                job.execute()

@@ -1,0 +1,493 @@
+"""The copy engine: segments of a source disk are read, looked through for zeroes and written to a target.
+
+One engine serves ``convert`` and every job that moves data. What is copied, zeroed or left alone is decided by
+the caller, who yields :class:`Segment`; threads are those of ``io/workers.py``. Reading, zero detection and
+compression run side by side outside the interpreter lock; writing keeps the order of the disk unless told not to.
+Memory is a few reused buffers, whatever the size of the disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, runtime_checkable
+
+from ..errors import ByreError, NotSupported
+from ..io import workers
+from ..io.buffers import aligned_buffer, zero_fill
+from ..units import MIB, SECTOR, align_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..image import Image
+    from .job import Control
+
+__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Segment", "SourceDisk", "data_runs"]
+
+COPY: Final = 0
+ZERO: Final = 1
+
+CHUNK: Final = MIB
+"""Data per task: a buffer being read and one being written stay in the processor's cache."""
+
+_PEER_CHUNK: Final = 2 * MIB
+_TASK_SEGMENTS: Final = 256
+_ZERO_STEP: Final = 1 << 30
+
+
+class Segment(NamedTuple):
+    """``length`` bytes of the disk from ``offset`` to be copied (COPY) or to read as zeroes afterwards (ZERO)."""
+
+    offset: int
+    length: int
+    action: int
+
+
+class CopySettings(NamedTuple):
+    """How to copy.
+
+    :ivar sparse: zeroes at least this long inside data are not written as data, bytes, a multiple of 512; 0 writes
+        everything
+    :ivar zero_init: the target reads as zeroes wherever nothing was written
+    :ivar compress: write compressed clusters; segments are aligned to the target's clusters
+    :ivar level: how hard to compress; 0 for the format's default
+    :ivar in_order: write in ascending order
+    :ivar threads: 0 for a default that suits the machine
+    :ivar offload: let the system copy from file to file where it can
+    :ivar salvage: called with a sentence for each sector that cannot be read and becomes zeroes
+    :ivar whole_total: progress counts the disk, holes included, not only what is copied
+    """
+
+    sparse: int = 4096
+    zero_init: bool = False
+    compress: bool = False
+    level: int = 0
+    in_order: bool = True
+    threads: int = 0
+    offload: bool = False
+    salvage: Callable[[str], None] | None = None
+    whole_total: bool = True
+
+
+class SourceDisk:
+    """Images one behind the other as one read-only disk; each is padded with zeroes to a whole sector.
+
+    :ivar size: bytes
+    :ivar starts: where each image begins
+    """
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        self.images = tuple(images)
+        self.starts: list[int] = []
+        self.size = 0
+        for image in images:
+            self.starts.append(self.size)
+            self.size += align_up(image.size, SECTOR)
+
+    def parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """``(image index, offset in that image, length)`` that make up the range."""
+        end = offset + length
+        for index, start in enumerate(self.starts):
+            stop = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
+            first, last = max(offset, start), min(end, stop)
+            if first < last:
+                yield index, first - start, last - first
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset``."""
+        if len(self.images) == 1 and offset + len(buffer) <= self.images[0].size:
+            self.images[0].read_into(offset, buffer)
+            return
+        position = 0
+        for index, start, length in self.parts(offset, len(buffer)):
+            image = self.images[index]
+            inside = max(0, min(length, image.size - start))
+            if inside:
+                image.read_into(start, buffer[position : position + inside])
+            if inside < length:
+                zero_fill(buffer[position + inside : position + length])
+            position += length
+
+
+def data_runs(buffer: memoryview, offset: int, sparse: int, unit: int = 1) -> list[tuple[int, int, bool]]:
+    """``(start, length, is_data)`` runs that cover ``buffer``, which holds the disk from ``offset``.
+
+    Zero runs at the buffer's ends count at any length, inner ones from ``sparse`` bytes on. Looked at in blocks
+    of ``sparse`` rounded down to a power of two, aligned on the disk, so that a write begins and ends on such
+    a boundary. Data grows to multiples of ``unit``, the target's unit of allocation.
+
+    :param sparse: bytes, a multiple of 512; 0 takes everything for data
+    """
+    length = len(buffer)
+    if not sparse:
+        return [(0, length, True)]
+    block = 1 << (sparse.bit_length() - 1)
+    edges, zero = _zero_blocks(buffer, offset, block)
+    if not zero.any():
+        return [(0, length, True)]
+    if zero.all():
+        return [(0, length, False)]
+    return _join_runs(edges, zero, sparse, offset, unit)
+
+
+def _zero_blocks(buffer: memoryview, offset: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(block edges within the buffer, whether each block is all zeroes); the first and last may be partial."""
+    import numpy as np
+
+    length = len(buffer)
+    head = min(-offset % block, length)
+    count = (length - head) // block
+    tail = head + count * block
+    edges = [0] if head else []
+    flags: list[bool] = []
+    if head:
+        flags.append(not np.frombuffer(buffer[:head], np.uint8).any())
+    middle = np.zeros(0, np.bool_)
+    if count:
+        words = np.frombuffer(buffer[head:tail], np.uint64).reshape(count, block // 8)
+        middle = np.bitwise_or.reduce(words, axis=1) == 0
+    last = [not np.frombuffer(buffer[tail:], np.uint8).any()] if tail < length else []
+    zero = np.concatenate((np.array(flags, np.bool_), middle, np.array(last, np.bool_)))
+    inner = np.arange(count, dtype=np.int64) * block + head
+    bounds = np.concatenate((np.array(edges, np.int64), inner, np.array([tail] if last else [], np.int64), [length]))
+    return bounds, zero
+
+
+def _join_runs(edges: NDArray[np.int64], zero: NDArray[np.bool_], sparse: int, offset: int,
+               unit: int) -> list[tuple[int, int, bool]]:  # fmt: skip
+    """Runs of like blocks; short inner zero runs become data, data grows to ``unit``."""
+    import numpy as np
+
+    cuts = np.flatnonzero(zero[1:] != zero[:-1]) + 1
+    starts = edges[np.concatenate(([0], cuts))]
+    stops = np.append(starts[1:], edges[-1])
+    first_zero = bool(zero[0])
+    data_start, data_stop = (starts[1::2], stops[1::2]) if first_zero else (starts[::2], stops[::2])
+    length = int(edges[-1])
+    if unit > 1:
+        data_start = np.maximum((data_start + offset) // unit * unit - offset, 0)
+        data_stop = np.minimum(-(-(data_stop + offset) // unit) * unit - offset, length)
+    least = min(sparse, length) if unit == 1 else 1
+    apart = data_start[1:] - data_stop[:-1] >= least
+    data_start = data_start[np.concatenate(([True], apart))]
+    data_stop = data_stop[np.concatenate((apart, [True]))]
+    runs: list[tuple[int, int, bool]] = []
+    position = 0
+    for start, stop in zip(data_start.tolist(), data_stop.tolist(), strict=True):
+        if start > position:
+            runs.append((position, start - position, False))
+        runs.append((start, stop - start, True))
+        position = stop
+    if position < length:
+        runs.append((position, length - position, False))
+    return runs
+
+
+class _Task(NamedTuple):
+    """Segments handled together. ``counted`` is what progress advances by."""
+
+    segments: list[Segment]
+    data: int
+    counted: int
+
+
+class _Write(NamedTuple):
+    """One step of delivering a task: bytes, compressed clusters, or (neither) zeroes."""
+
+    offset: int
+    length: int
+    data: memoryview | None = None
+    payloads: list[bytes] | None = None
+
+
+class _Buffers:
+    """Reused buffers, last used first. Guarded by its own lock, a leaf."""
+
+    def __init__(self, size: int) -> None:
+        self._lock = threading.Lock()
+        self._free: deque[memoryview] = deque()
+        self._size = size
+
+    def take(self) -> memoryview:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return aligned_buffer(self._size)
+
+    def give_back(self, buffer: memoryview) -> None:
+        with self._lock:
+            self._free.append(buffer)
+
+
+class BlockCopy:
+    """Copies segments from ``source`` to the same offsets of ``target``.
+
+    The target is long enough. Nothing is flushed; closing the target does that.
+    """
+
+    def __init__(self, source: SourceDisk, target: Image, settings: CopySettings) -> None:
+        self.source = source
+        self.target = target
+        self.settings = settings
+        self._offload = _Offload(source, target) if settings.offload else None
+        node = target.node
+        self._cluster = getattr(node, "cluster_size", 0)
+        # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
+        self._unit = getattr(node, "write_unit", 1) if _is_power_of_two(settings.sparse) else 1
+        exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
+        self._chunk = max(_PEER_CHUNK if exact else CHUNK, self._cluster if settings.compress else 0)
+        self._exact = exact
+        self._buffers = _Buffers(self._chunk)
+        if settings.compress:
+            from ..formats.abilities import HasCompression
+
+            if not isinstance(node, HasCompression):
+                raise NotSupported("compression is not supported for this file format", where=target.filename)
+            self._compress = node.compress
+
+    # -- tasks ------------------------------------------------------------------------------------
+
+    def run(self, segments: Iterable[Segment], control: Control) -> None:
+        """Copy all ``segments``, which ascend.
+
+        :raises ByreError: reading or writing failed; the message says where
+        :raises Cancelled: the control was cancelled
+        """
+        settings = self.settings
+
+        def deliver(task: _Task, result: tuple[memoryview | None, list[_Write]]) -> None:
+            buffer, writes = result
+            moved = self._write(writes)
+            if buffer is not None:
+                self._buffers.give_back(buffer)
+            control.count(task.counted, moved)
+
+        work = self._compress_task if settings.compress else self._plain_task
+        threads = settings.threads or workers.default_threads()
+        workers.run(self._tasks(segments), work, deliver, threads=threads, in_order=settings.in_order, gate=control)
+
+    def _tasks(self, segments: Iterable[Segment]) -> Iterator[_Task]:
+        """Segments cut to buffer size, small ones gathered."""
+        batch: list[Segment] = []
+        data = 0
+        reached = 0
+        counted = 0
+        whole = self.settings.whole_total
+        for piece in self._pieces(segments):
+            size = piece.length if piece.action == COPY else 0
+            if batch and (data + size > self._chunk or len(batch) >= _TASK_SEGMENTS):
+                yield _Task(batch, data, counted)
+                batch, data, counted = [], 0, 0
+            batch.append(piece)
+            data += size
+            counted += piece.offset + piece.length - reached if whole else size
+            reached = piece.offset + piece.length
+        rest = self.source.size - reached if whole else 0
+        if batch or rest:
+            yield _Task(batch, data, counted + rest)
+
+    def _pieces(self, segments: Iterable[Segment]) -> Iterator[Segment]:
+        for offset, length, action in segments:
+            step = self._chunk if action == COPY else _ZERO_STEP
+            end = offset + length
+            while offset < end:
+                # Cut at multiples of the step, so that clusters stay whole.
+                size = min(step if self._exact else step - offset % step, end - offset)
+                yield Segment(offset, size, action)
+                offset += size
+
+    # -- working ----------------------------------------------------------------------------------
+
+    def _plain_task(self, task: _Task) -> tuple[memoryview | None, list[_Write]]:
+        writes: list[_Write] = []
+        if not task.data:
+            return None, [_Write(offset, length) for offset, length, _ in task.segments]
+        buffer = self._buffers.take()
+        position = 0
+        for segment in task.segments:
+            offset, length, action = segment
+            if action == ZERO:
+                writes.append(_Write(offset, length))
+                continue
+            if self._offload is not None and self._offload.copy(offset, length):
+                writes.append(_Write(offset, length, buffer[:0]))
+                continue
+            view = buffer[position : position + length]
+            position += length
+            self._read(offset, view)
+            for start, size, is_data in data_runs(view, offset, self.settings.sparse, self._unit):
+                writes.append(_Write(offset + start, size, view[start : start + size] if is_data else None))
+        return buffer, writes
+
+    def _compress_task(self, task: _Task) -> tuple[memoryview | None, list[_Write]]:
+        writes: list[_Write] = []
+        if not task.data:
+            return None, [_Write(offset, length) for offset, length, _ in task.segments]
+        buffer = self._buffers.take()
+        position = 0
+        for offset, length, action in task.segments:
+            if action == ZERO:
+                writes.append(_Write(offset, length))
+                continue
+            padded = align_up(length, self._cluster)
+            view = buffer[position : position + padded]
+            position += padded
+            self._read(offset, view[:length])
+            if padded > length:
+                zero_fill(view[length:])
+            self._compress_clusters(offset, length, view, writes)
+        return buffer, writes
+
+    def _compress_clusters(self, offset: int, length: int, view: memoryview, writes: list[_Write]) -> None:
+        cluster = self._cluster
+        runs = data_runs(view, offset, cluster) if self.settings.sparse else [(0, len(view), True)]
+        for start, size, is_data in runs:
+            if not is_data:
+                writes.append(_Write(offset + start, min(size, length - start)))
+                continue
+            for at in range(start, start + size, cluster):
+                self._compress_one(offset + at, view[at : at + cluster], min(cluster, length - at), writes)
+
+    def _compress_one(self, offset: int, view: memoryview, length: int, writes: list[_Write]) -> None:
+        payload = self._compress(view)
+        last = writes[-1] if writes else None
+        if payload is None:
+            writes.append(_Write(offset, length, view[:length]))
+        elif last is not None and last.payloads is not None and last.offset + last.length == offset:
+            last.payloads.append(payload)
+            writes[-1] = last._replace(length=last.length + length)
+        else:
+            writes.append(_Write(offset, length, None, [payload]))
+
+    def _read(self, offset: int, view: memoryview) -> None:
+        try:
+            self.source.read_into(offset, view)
+        except ByreError as error:
+            if self.settings.salvage is None:
+                raise _at(error, "reading", offset) from error
+            self._salvage(offset, view, error)
+
+    def _salvage(self, offset: int, view: memoryview, error: ByreError) -> None:
+        """Read what can be read; halves, down to the sector that fails."""
+        assert self.settings.salvage is not None
+        todo = [(0, len(view), error)]
+        while todo:
+            start, length, why = todo.pop()
+            if length <= SECTOR:
+                self.settings.salvage(f"error while reading offset {offset + start}: {why}")
+                zero_fill(view[start : start + length])
+                continue
+            half = align_up(length // 2, SECTOR)
+            for first, size in ((start + half, length - half), (start, half)):
+                try:
+                    self.source.read_into(offset + first, view[first : first + size])
+                except ByreError as failed:
+                    todo.append((first, size, failed))
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def _write(self, writes: list[_Write]) -> int:
+        """Deliver; bytes written."""
+        target = self.target
+        zero_init = self.settings.zero_init
+        moved = 0
+        offset = 0
+        try:
+            for offset, length, data, payloads in writes:
+                if data is not None:
+                    if len(data):
+                        target.write(offset, data)
+                    moved += length
+                elif payloads is not None:
+                    target.write_compressed_clusters(offset, payloads)
+                    moved += length
+                elif not zero_init:
+                    target.write_zeroes(offset, length, unmap=self.settings.sparse > 0)
+        except ByreError as error:
+            raise _at(error, "writing", offset) from error
+        return moved
+
+
+def _at(error: ByreError, verb: str, offset: int) -> ByreError:
+    """``error`` with the guest offset in its message."""
+    error.message = f"error while {verb} at byte {offset}: {error.message}"
+    return error
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value & (value - 1) == 0
+
+
+@runtime_checkable
+class _CopyingFile(Protocol):
+    """What ``protocols/file.py`` can do and other protocols cannot."""
+
+    def copy_range(self, source_offset: int, target: _CopyingFile, target_offset: int, length: int) -> int: ...
+
+
+class _Offload:
+    """Copies within the kernel from the file under the source to the file under the target.
+
+    Only to a raw target, whose bytes lie in its file where they lie on the disk. The first refusal of the
+    system ends it: copying goes on through memory.
+    """
+
+    def __init__(self, source: SourceDisk, target: Image) -> None:
+        self._source = source
+        self._target, self._base = _plain_file(target)
+
+    def copy(self, offset: int, length: int) -> bool:
+        """Whether the range was copied; False to do it through memory."""
+        target = self._target
+        if target is None:
+            return False
+        plan = [step for part in self._source.parts(offset, length) for step in self._locate(*part)]
+        if sum(size for *_, size in plan) != length:
+            return False
+        try:
+            for file, host, size in plan:
+                done = 0
+                while done < size:
+                    step = file.copy_range(host + done, target, self._base + offset + done, size - done)
+                    if not step:
+                        return False
+                    done += step
+                offset += size
+        except ByreError:
+            self._target = None
+            return False
+        return True
+
+    def _locate(self, index: int, offset: int, length: int) -> list[tuple[_CopyingFile, int, int]]:
+        """``(file node, host offset, length)`` of plain data that makes up the range, as far as it is that."""
+        from ..graph import chain
+        from ..io.extent import DATA
+
+        image = self._source.images[index]
+        length = min(length, image.size - offset)
+        found = chain.extents(image.node, offset, length)
+        if not (found.kind == DATA).all() or (found.host < 0).any():
+            return []
+        layers = chain.layers(image.node)
+        steps: list[tuple[_CopyingFile, int, int]] = []
+        for extent, depth in zip(found, found.depth.tolist(), strict=True):
+            layer = layers[depth]
+            file = layer.sources[extent.source].node
+            if getattr(layer, "cipher", None) is not None or not isinstance(file, _CopyingFile):
+                return []
+            steps.append((file, extent.host, extent.length))
+        return steps
+
+
+def _plain_file(image: Image) -> tuple[_CopyingFile | None, int]:
+    """(the file node under a raw image, where the disk begins in it); ``None`` for other formats."""
+    node = image.node
+    edge = node.children.get("file")
+    file = edge.node if edge else None
+    if node.driver != "raw" or not isinstance(file, _CopyingFile):
+        return None, 0
+    return file, getattr(node, "base", 0)

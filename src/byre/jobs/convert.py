@@ -1,0 +1,257 @@
+"""convert: one or more images become a new one, or fill an existing one.
+
+Decides, window by window, what is copied, what is zeroed and what is left to the target's backing file; the
+copying itself is in ``blockcopy``. Also makes the target, and removes it again if the conversion fails.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import Busy, ByreError, InvalidArgument
+from ..graph import chain
+from ..graph.opening import has_protocol, resolve_backing
+from ..io.extent import COMPRESSED, DATA, UNALLOCATED
+from ..io.extent import ZERO as KIND_ZERO
+from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk
+from .job import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..graph.node import Node
+    from ..image import Image
+    from .job import Control
+
+__all__ = ["ConvertJob", "Layout", "MadeFiles", "check_not_source", "plan"]
+
+_SKIP: Final = 2
+
+
+class Layout(NamedTuple):
+    """How the target relates to the source.
+
+    :ivar over_backing: the target has a backing file with the content of the source's: only what the top layer
+        of the source holds is copied
+    :ivar backing_size: length of the target's backing file, if the target is new; -1 if unknown
+    :ivar keep_zeroes: zeroes are copied as data, so that the target is fully allocated
+    :ivar cluster: compressed clusters of this size are written; 0 for plain data
+    """
+
+    over_backing: bool = False
+    backing_size: int = -1
+    keep_zeroes: bool = False
+    cluster: int = 0
+
+
+class ConvertJob(Job):
+    """Copy ``sources``, one behind the other, to ``target``.
+
+    :param target_is_new: it was just created, so that it may be known to read as zeroes
+    :param target_is_zero: the caller says that it reads as zeroes
+    :param over_backing: see :class:`Layout`
+    :raises InvalidArgument: the target is too small
+    """
+
+    kind = "convert"
+
+    def __init__(self, sources: Sequence[Image], target: Image, settings: CopySettings, *, target_is_new: bool = False,
+                 target_is_zero: bool = False, over_backing: bool = False, speed: int = 0,
+                 measure: bool = False) -> None:  # fmt: skip
+        super().__init__(speed=speed, measure=measure)
+        self.disk = SourceDisk(sources)
+        if target.size < self.disk.size:
+            raise InvalidArgument(f"output file is smaller than input file: {target.size} bytes, needed are "
+                                  f"{self.disk.size}", where=target.filename)  # fmt: skip
+        zero_init = target_is_zero
+        if target_is_new and settings.sparse and not over_backing:
+            zero_init = zero_init or target.node.has_zero_init
+        backing_size = -1
+        if over_backing and target_is_new:
+            below = chain.layers(target.node)[1:2]
+            backing_size = below[0].size if below else -1
+        self.settings = settings._replace(zero_init=zero_init, whole_total=not measure)
+        self.layout = Layout(over_backing, backing_size, not settings.sparse,
+                             getattr(target.node, "cluster_size", 0) if settings.compress else 0)  # fmt: skip
+        self.target = target
+
+    def run(self, control: Control) -> None:
+        control.total = self.disk.size
+        if control.measure:
+            control.total = sum(segment.length for segment in self._plan() if segment.action == COPY)
+        BlockCopy(self.disk, self.target, self.settings).run(self._plan(), control)
+
+    def _plan(self) -> Iterator[Segment]:
+        for segment in plan(self.disk, self.layout, salvage=self.settings.salvage is not None):
+            if segment.action == COPY or not self.settings.zero_init:
+                yield segment
+
+
+# -- what to do with each range -------------------------------------------------------------------
+
+
+def plan(disk: SourceDisk, layout: Layout, *, salvage: bool = False) -> Iterator[Segment]:
+    """The ranges of ``disk`` to copy or zero, ascending, neighbours joined; what needs nothing is left out.
+
+    :param salvage: where an image cannot tell what it holds, take it for data
+    """
+    step = max((chain.window_size(image.node) for image in disk.images), default=chain.WINDOW)
+    pending: Segment | None = None
+    for offset, length in chain.windows(0, disk.size, step):
+        for segment in _window(disk, layout, offset, length, salvage):
+            if pending is None:
+                pending = segment
+            elif pending.action == segment.action and pending.offset + pending.length == segment.offset:
+                pending = pending._replace(length=pending.length + segment.length)
+            else:
+                yield pending
+                pending = segment
+    if pending is not None:
+        yield pending
+
+
+def _window(disk: SourceDisk, layout: Layout, offset: int, length: int, salvage: bool) -> Iterator[Segment]:
+    import numpy as np
+
+    columns = [_part(disk, layout, *part, salvage) for part in disk.parts(offset, length)]
+    starts = np.concatenate([start for start, _ in columns])
+    actions = np.concatenate([action for _, action in columns])
+    end = offset + length
+    if layout.keep_zeroes:
+        actions[actions == ZERO] = COPY
+    elif layout.over_backing and layout.backing_size >= 0:
+        starts, actions = _cut(starts, actions, layout.backing_size, end)
+        actions[(actions == ZERO) & (starts >= layout.backing_size)] = _SKIP
+    starts, actions = _joined(starts, actions)
+    if layout.cluster:
+        starts, actions = _whole_clusters(starts, actions, end, layout.cluster, disk.size)
+    stops = np.append(starts[1:], end)
+    wanted = actions != _SKIP
+    return map(Segment, starts[wanted].tolist(), (stops - starts)[wanted].tolist(), actions[wanted].tolist())
+
+
+def _part(disk: SourceDisk, layout: Layout, index: int, offset: int, length: int,
+          salvage: bool) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:  # fmt: skip
+    """(offsets on the disk, actions) of rows that cover a range of one image; the sector padding joins the last."""
+    import numpy as np
+
+    image = disk.images[index]
+    inside = max(0, min(length, image.size - offset))
+    base = disk.starts[index]
+    try:
+        if layout.over_backing:
+            starts, actions = _top_layer(image.node, offset, inside)
+        else:
+            found = image.extents(offset, inside)
+            starts, actions = found.offset, np.where(found.reads_zero(), ZERO, COPY).astype(np.uint8)
+    except ByreError:
+        if not salvage:
+            raise
+        starts, actions = np.zeros(0, np.int64), np.zeros(0, np.uint8)
+    if not len(starts):
+        starts, actions = np.array([offset], np.int64), np.array([COPY], np.uint8)
+    return starts + base, actions
+
+
+def _top_layer(top: Node, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Rows of the top layer alone: what it does not hold is left to the backing file, if that is long enough."""
+    import numpy as np
+
+    layers = chain.layers(top)
+    below = layers[1] if len(layers) > 1 else None
+    found = chain.extents(top, offset, length, base=below)
+    table = np.full(4, COPY, np.uint8)
+    table[[DATA, KIND_ZERO, UNALLOCATED, COMPRESSED]] = (COPY, ZERO, _SKIP if below else ZERO, COPY)
+    starts, actions = found.offset, table[found.kind]
+    if below is not None:
+        starts, actions = _cut(starts, actions, below.size, offset + length)
+        actions[(actions == _SKIP) & (starts >= below.size)] = ZERO
+    return starts, actions
+
+
+def _cut(starts: NDArray[np.int64], actions: NDArray[np.uint8], at: int,
+         end: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:  # fmt: skip
+    """The rows with a border at ``at``, if that lies inside one."""
+    import numpy as np
+
+    if not starts[0] < at < end:
+        return starts, actions
+    index = int(np.searchsorted(starts, at, "left"))
+    if index < len(starts) and starts[index] == at:
+        return starts, actions
+    return np.insert(starts, index, at), np.insert(actions, index, actions[index - 1])
+
+
+def _joined(starts: NDArray[np.int64], actions: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    import numpy as np
+
+    keep = np.concatenate(([True], actions[1:] != actions[:-1]))
+    return starts[keep], actions[keep]
+
+
+def _whole_clusters(starts: NDArray[np.int64], actions: NDArray[np.uint8], end: int, cluster: int,
+                    disk_size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:  # fmt: skip
+    """Compressed clusters are written whole: one that is partly data is copied as a whole."""
+    import numpy as np
+
+    stops = np.append(starts[1:], end)
+    quiet = actions != COPY
+    first = -(-starts[quiet] // cluster) * cluster
+    last = np.where(stops[quiet] >= disk_size, stops[quiet], stops[quiet] // cluster * cluster)
+    kept = first < last
+    first, last, kind = first[kept], last[kept], actions[quiet][kept]
+    points = np.concatenate((starts[:1], first, last))
+    labels = np.concatenate((np.array([COPY], np.uint8), kind, np.full(len(last), COPY, np.uint8)))
+    # Where one quiet range ends and the next begins, or the window begins, the later entry counts.
+    order = np.lexsort((labels != COPY, points))
+    points, labels = points[order], labels[order]
+    final = np.append(points[1:] != points[:-1], True) & (points < end)
+    return _joined(points[final], labels[final])
+
+
+# -- the target -----------------------------------------------------------------------------------
+
+
+def check_not_source(sources: Iterable[Image], target: str) -> None:
+    """:raises Busy: ``target`` is a file that a source consists of"""
+    if has_protocol(target) and not target.startswith("file:"):
+        return
+    try:
+        found = os.stat(target.removeprefix("file:"))
+    except OSError:
+        return
+    is_device = stat.S_ISBLK(found.st_mode)
+    identity = ("device", found.st_rdev) if is_device else (found.st_dev, found.st_ino)
+    for image in sources:
+        for node in list(image.graph.nodes.values()):
+            if getattr(node, "identity", None) == identity:
+                raise Busy("the output file is a file of the input image", where=target)
+
+
+class MadeFiles:
+    """The files that a creation makes: those which were not there before."""
+
+    def __init__(self, target: str, options: Mapping[str, object]) -> None:
+        names = [target]
+        data_file = options.get("data_file")
+        if isinstance(data_file, str) and data_file:
+            names.append(resolve_backing(target, data_file))
+        paths = [name.removeprefix("file:") for name in names]
+        self._new = [path for path in paths if not has_protocol(path) and not os.path.lexists(path)]
+        self._target = target
+
+    def remove(self) -> str:
+        """Remove them; a sentence about what is left, "" if nothing is."""
+        left = "" if self._new else self._target
+        for path in self._new:
+            try:
+                if os.path.isfile(path):
+                    os.unlink(path)
+            except OSError:
+                left = path
+        return f"{left} was left behind incomplete" if left else ""
