@@ -46,7 +46,7 @@ def parse_size(text: str, what: str = "size") -> int:
             value = int(digits, 16)
         elif "." in digits:
             whole, _, fraction = digits.partition(".")
-            if not (whole + fraction).isdigit() or unit == 1:
+            if not (whole + fraction).isdigit() or (unit == 1 and fraction.strip("0")):
                 raise bad
             value = int(whole or "0") * unit + round(int(fraction or "0") * unit / 10 ** len(fraction))
         else:

@@ -34,6 +34,7 @@ __all__ = [
     "PROGRESS",
     "QUIET",
     "SOURCE_CACHE",
+    "BadNumber",
     "Given",
     "HelpRequested",
     "Secret",
@@ -64,6 +65,17 @@ class UsageError(InvalidArgument):
     """The command line itself is wrong."""
 
 
+class BadNumber(InvalidArgument):
+    """Text that is no number; the peer explains suffixes on further lines, which scripts compare.
+
+    :ivar lines: what follows the message under the peer's name
+    """
+
+    def __init__(self, message: str, lines: tuple[str, ...], *, where: str = "") -> None:
+        super().__init__(message, where=where)
+        self.lines = lines
+
+
 class HelpRequested(Exception):
     """``-h`` or ``--help`` was given: main() prints the verb's HELP."""
 
@@ -76,6 +88,8 @@ def as_peer() -> bool:
 def report(message: object) -> None:
     """One error line on stderr: ``PROG: message``, control characters escaped."""
     sys.stderr.write(f"{PROGRAM.get()}: {printable(str(message))}\n")
+    if isinstance(message, BadNumber) and as_peer():
+        sys.stderr.write("".join(f"{line}\n" for line in message.lines))
 
 
 def warn(message: str) -> None:
@@ -250,9 +264,13 @@ def size_argument(text: str, what: str, *, least: int = 0, most: int = MAX_SIZE)
     """A size in bytes typed by the user.
 
     :param what: named in the message, e.g. "image size"
-    :raises InvalidArgument: not a size, or outside ``least`` to ``most``
+    :raises BadNumber: not a size
+    :raises InvalidArgument: outside ``least`` to ``most``
     """
-    size = parse_size(text, what)
+    try:
+        size = -1 if text[:1] == "-" and text[1:].isdecimal() else parse_size(text, what)
+    except InvalidArgument as error:
+        raise BadNumber(error.message, (f"{PROGRAM.get()}: (kilobytes, megabytes, ...)",)) from None
     if not least <= size <= most:
         raise InvalidArgument(f"invalid {what} {text!r}: must be between {least} and {most} bytes")
     return size

@@ -30,8 +30,8 @@ _VERBS: Final = """\
   check [--object DEF] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all] [-T SRC_CACHE] [-U] FILENAME
   compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
-[-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] [-r RATE_LIMIT] \
-[-m COUNT] [-W] [--salvage] FILENAME... OUTPUT_FILENAME
+[-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] \
+[-r RATE_LIMIT] [-m COUNT] [-W] [--salvage] FILENAME... OUTPUT_FILENAME
   create [--object DEF] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]
   dd [--image-opts] [-U] [-f FMT] [-O FMT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
   info [--object DEF] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME

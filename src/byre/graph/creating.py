@@ -53,12 +53,14 @@ def create(
     options: Mapping[str, object] | None = None,
     check_backing: bool = True,
     policy: Policy | None = None,
+    announce: Callable[[OptionValues], None] | None = None,
 ) -> OptionValues:
     """Create an image.
 
     :param size: virtual size, bytes; may be left out with a backing file, whose size is taken then
     :param options: the driver's creation options ("cluster_size", "backing_file", ...)
     :param check_backing: open the backing file to see that it is there and how long it is
+    :param announce: called with the settled options before anything is written
     :returns: the options as settled, for printing
     :raises ByreError: a failed creation removes what it made itself
     """
@@ -81,6 +83,8 @@ def create(
         raise InvalidArgument("no size: give one, or a backing file to take it from", where=filename)
     # Disks consist of sectors: the peer rounds up as well.
     values.given["size"] = align_up(values.number("size"), SECTOR)
+    if announce is not None:
+        announce(values)
     prepare = getattr(module, "check_create", None)
     if prepare is not None:
         prepare(values)  # refuse before anything is written
