@@ -42,6 +42,7 @@ def install(system: Ext2) -> Files:
         files[f"/home/ada/pictures/{number:04}.jpg"] = chance.randbytes(chance.randrange(2 * MIB, 5 * MIB))
     store(system, files)
     system.make_symlink("/srv/app/current", "version-1.bin")
+    system.sync()
     return files
 
 
