@@ -323,9 +323,12 @@ def write_zeroes(node: FormatNode, offset: int, length: int, flags: int = 0) -> 
 
 def _zero_whole(node: FormatNode, first: int, last: int, end: int, flags: int) -> int:
     """Zero whole units of ``[first, last)``; the guest offset reached."""
+    unit = node.cluster_size
+    if first % unit:
+        # Part of a cluster goes alone: the format may be able to zero only whole ones.
+        last = min(last, align_up(first, unit))
     with node.lock:
         node.check_failure()
-        unit = node.cluster_size
         node.inflight.wait_clear(align_down(first, unit), align_up(last, unit))
         node.check_failure()
         done = node.unmap(first, last - first, ZERO, keep=not flags & MAY_UNMAP)

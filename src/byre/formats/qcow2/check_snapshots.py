@@ -1,0 +1,152 @@
+"""The snapshot table as a qcow2 check reads it: tolerant, because repairing begins with what opening refuses.
+
+docs/interop/qcow2, section "Snapshots". Also makes the corrected table that a repair writes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ...errors import printable
+from . import layout
+from .directories import MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, MAX_SNAPSHOTS
+
+if TYPE_CHECKING:
+    from .check_findings import Findings
+    from .check_reader import Subject
+
+__all__ = ["SnapshotRow", "SnapshotTable"]
+
+_FIXED: Final = struct.Struct(">QIHHIIQII")
+_CHUNK: Final = 1 << 20
+
+
+class SnapshotRow(NamedTuple):
+    """Where an entry lies, and what the check needs of it."""
+
+    position: int
+    l1_offset: int
+    l1_size: int
+    id_size: int
+    name_size: int
+    extra_size: int
+
+
+class SnapshotTable:
+    """The entries of the snapshot table.
+
+    :ivar size: bytes of the table
+    :ivar count: entries the header should name; below ``header.nb_snapshots`` where some were given up
+    :ivar unfit: entries whose extra data must be rewritten
+    """
+
+    def __init__(self, subject: Subject, findings: Findings, *, repair: bool) -> None:
+        self.subject = subject
+        self.rows: list[SnapshotRow] = []
+        self.size = 0
+        self.unfit = 0
+        self._chunk = memoryview(b"")
+        self._chunk_at = 0
+        self._read(findings, repair)
+
+    @property
+    def dropped(self) -> int:
+        return self.subject.header.nb_snapshots - len(self.rows)
+
+    def _read(self, findings: Findings, repair: bool) -> None:
+        header = self.subject.header
+        count = header.nb_snapshots
+        if count > MAX_SNAPSHOTS and repair:
+            findings.say(f"Discarding {count - MAX_SNAPSHOTS} overhanging snapshots")
+            count = MAX_SNAPSHOTS
+        if count > MAX_SNAPSHOTS:
+            findings.say(f"You can force-remove all {count - MAX_SNAPSHOTS} overhanging snapshots with check -r all")
+            raise findings.abort("ERROR snapshot table too large")
+        if count and (header.snapshots_offset % header.cluster_size or header.snapshots_offset >= 1 << 62):
+            raise findings.abort("ERROR snapshot table offset invalid")
+        written = 0
+        position = header.snapshots_offset
+        for index in range(count):
+            row = self._row(position + -position % 8)
+            kept = row.extra_size
+            if row.extra_size > MAX_SNAPSHOT_EXTRA:
+                kept = MAX_SNAPSHOT_EXTRA
+                self._oversized(index, row, findings, repair)
+            end = row.position + _FIXED.size + row.extra_size + row.id_size + row.name_size
+            written += -written % 8 + _FIXED.size + kept + row.id_size + row.name_size
+            if written > MAX_SNAPSHOT_TABLE or end - header.snapshots_offset >= 1 << 31:
+                self._too_big(count - index, findings, repair)
+                break
+            self.rows.append(row)
+            position = end
+        self.size = position - header.snapshots_offset
+        findings.corruptions += self.dropped
+        if header.version >= 3:
+            self._find_incomplete(findings, repair)
+
+    def _oversized(self, index: int, row: SnapshotRow, findings: Findings, repair: bool) -> None:
+        if not repair:
+            raise findings.abort("ERROR failed to read the snapshot table: Too much extra metadata in snapshot table "
+                                 f"entry {index}; you can force-remove it with check -r all")  # fmt: skip
+        findings.corrupt(f"Discarding too much extra metadata in snapshot table entry {index} "
+                         f"({row.extra_size} > {MAX_SNAPSHOT_EXTRA})")  # fmt: skip
+        self.unfit += 1
+
+    def _too_big(self, left: int, findings: Findings, repair: bool) -> None:
+        if not repair:
+            raise findings.abort("ERROR failed to read the snapshot table: Snapshot table is too big; you can "
+                                 f"force-remove all {left} overhanging snapshots with check -r all")  # fmt: skip
+        findings.say(f"Discarding {left} overhanging snapshots (snapshot table is too big)")
+
+    def _find_incomplete(self, findings: Findings, repair: bool) -> None:
+        for index, row in enumerate(self.rows):
+            if row.extra_size < 16:
+                self.unfit += 1
+                findings.corrupt(f"{'Repairing' if repair else 'ERROR'} snapshot table entry {index} is incomplete")
+
+    def _row(self, position: int) -> SnapshotRow:
+        data = self._bytes(position, _FIXED.size)
+        l1_offset, l1_size, id_size, name_size, _, _, _, _, extra_size = _FIXED.unpack(data)
+        return SnapshotRow(position, l1_offset, l1_size, id_size, name_size, extra_size)
+
+    def _bytes(self, position: int, length: int) -> memoryview:
+        at = position - self._chunk_at
+        if at < 0 or at + length > len(self._chunk):
+            self._chunk = memoryview(self.subject.read(position, max(length, _CHUNK)))
+            self._chunk_at, at = position, 0
+        return self._chunk[at : at + length]
+
+    def l1_problem(self, row: SnapshotRow) -> str:
+        """What is wrong with the L1 table of a snapshot, "" if nothing that keeps it from being read."""
+        aligned = row.l1_offset % self.subject.cluster_size == 0
+        if aligned and row.l1_size * 8 <= layout.MAX_L1_SIZE:
+            return ""
+        shot = self._snapshot(row)
+        what = f"ERROR snapshot {printable(shot.id)} ({printable(shot.name)}) "
+        if not aligned:
+            offset = f"{row.l1_offset:#x}"
+            return f"{what}l1_offset={offset}: L1 table is not cluster aligned; snapshot table entry corrupted"
+        return f"{what}l1_size={row.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
+
+    # -- the corrected table ----------------------------------------------------------------------
+
+    def _snapshot(self, row: SnapshotRow) -> layout.Snapshot:
+        kept = min(row.extra_size, MAX_SNAPSHOT_EXTRA)
+        head = self._bytes(row.position, _FIXED.size + kept)
+        fields = _FIXED.unpack_from(head)
+        extra = bytes(head[_FIXED.size :])
+        text = bytes(self._bytes(row.position + _FIXED.size + row.extra_size, row.id_size + row.name_size))
+        words = [part.decode("utf-8", "surrogateescape") for part in (text[: row.id_size], text[row.id_size :])]
+        return layout.Snapshot(row.l1_offset, row.l1_size, *fields[4:8], extra, *words)
+
+    def corrected(self) -> bytes:
+        """The table to write: extra data cut or completed, entries given up left out."""
+        size = self.subject.header.size
+        shots = []
+        for row in self.rows:
+            shot = self._snapshot(row)
+            if len(shot.extra) < 16:
+                shot = shot._replace(extra=layout.snapshot_extra(shot.vm_state_size, size))
+            shots.append(shot)
+        return layout.encode_snapshot_table(shots)

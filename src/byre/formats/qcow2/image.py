@@ -1,0 +1,383 @@
+"""Qcow2Node: a qcow2 image as a node; joins mapping, refcounts and compression to the format contract.
+
+Owns the header in memory and the order in which tables reach the disk. Opening is in :mod:`.opening`,
+resizing in :mod:`.resizing`, checking in :mod:`.check`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from ...errors import ImageError
+from ...io import engine
+from ...io.extent import FUA, UNALLOCATED, Extent
+from ...io.extent import ZERO as KIND_ZERO
+from ...io.tables import decode_words
+from ..abilities import CheckResult
+from ..base import FormatNode, Placement
+from . import entries, layout
+from .mapping import Mapping
+from .refcounts import Refcounts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ...graph.child import Child
+    from ...graph.node import Node
+    from ...graph.opening import OpenFlags
+    from ...io.extentmap import ExtentMap
+    from ...jobs.job import Control
+    from ...options import OptionValues
+
+__all__ = ["Qcow2Node"]
+
+_PENDING_LIMIT: Final = 4096
+"""Freed runs of clusters that may wait for the next write-back before one is forced."""
+
+
+class Qcow2Node(FormatNode):
+    """An open qcow2 image, versions 2 and 3.
+
+    Guarded by ``lock``: header, tables, allocator.
+
+    :ivar header: the header as it is on disk
+    :ivar extensions: header extensions in their order, unknown ones to the byte
+    """
+
+    driver = "qcow2"
+
+    def __init__(self, file: Node, header: layout.Header, extensions: tuple[layout.Extension, ...],
+                 backing_name: str, options: OptionValues, flags: OpenFlags, *, name: str = "") -> None:  # fmt: skip
+        super().__init__(name=name, filename=file.filename, read_only=flags.read_only)
+        self.file = file
+        self.header = header
+        self.extensions = extensions
+        self.backing_name = backing_name
+        self.runtime = options
+        self.open_flags = flags
+        self.force_share = flags.force_share
+        self.detect_zeroes = flags.detect_zeroes
+        self.pass_discard = flags.unmap
+        self.cluster_size = header.cluster_size
+        self.zero_unit = 1 << header.subcluster_bits
+        self._size = header.size
+        self.mapping: Mapping = Mapping(file, header, array("Q"), self.filename, self._relieve, self._free)
+        self.table_span = 1 << self.mapping.span_bits
+        self.refcounts: Refcounts | None = None
+        self._data_pending = False
+        self._writing = False
+        self._freed: list[tuple[int, int]] = []
+        self._dropping = "other"
+        self._snapshots: tuple[layout.Snapshot, ...] | None = None
+        self._decompress: Callable[[memoryview, memoryview], None] | None = None
+        self._compress: Callable[[memoryview], bytes | None] | None = None
+        self.compression_level: int | None = None
+
+    # -- what the header says ---------------------------------------------------------------------
+
+    @property
+    def data_file(self) -> Node | None:
+        """The external data file's node, if there is one and it is open."""
+        child = self.children.get("data-file")
+        return child.node if child else None
+
+    @property
+    def snapshots(self) -> tuple[layout.Snapshot, ...]:
+        """Entries of the snapshot table, read on first use."""
+        if self._snapshots is None:
+            from .opening import read_snapshots
+
+            self._snapshots = read_snapshots(self)
+        return self._snapshots
+
+    @property
+    def compression_name(self) -> str:
+        return layout.COMPRESSION_NAMES[self.header.compression_type]
+
+    @property
+    def has_zero_init(self) -> bool:
+        return True
+
+    def load_tables(self) -> None:
+        """Read the L1 table, and the refcount table where the image may be written."""
+        header = self.header
+        data = bytearray(header.l1_size * 8)
+        self.file.read_into(header.l1_table_offset, memoryview(data))
+        self.mapping = Mapping(self.file, header, decode_words(data), self.filename, self._relieve, self._free)
+        self.refcounts = None
+        if not self.read_only:
+            self.load_refcounts()
+
+    def load_refcounts(self) -> None:
+        header = self.header
+        self.refcounts = Refcounts(
+            self.file, header.cluster_bits, header.refcount_order, header.refcount_table_offset,
+            header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self.filename,
+        )  # fmt: skip
+        self.mapping.refcounts = self.refcounts
+
+    def invalidate(self) -> None:
+        """Write back and forget every cached table, then read header and tables again from the file."""
+        from .opening import reread
+
+        with self.lock:
+            if not self.read_only:
+                self._guarded(self.write_back)
+            reread(self)
+
+    # -- lookup -----------------------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> list[Extent]:
+        return self.mapping.lookup(offset, length)
+
+    def lookup_all(self, offset: int, length: int) -> ExtentMap:
+        return self.mapping.lookup_all(offset, length)
+
+    def decompress(self, extent: Extent, buffer: memoryview) -> None:
+        bits, size = self.header.cluster_bits, self.cluster_size
+        host, stored = entries.compressed_host(extent.host, bits)
+        data = memoryview(bytearray(stored))
+        self.file.read_into(host, data)
+        if self._decompress is None:
+            from . import compression
+
+            self._decompress = partial(compression.decompress, self.header.compression_type)
+        skip = extent.offset & (size - 1)
+        try:
+            if len(buffer) == size:
+                self._decompress(data, buffer)
+                return
+            cluster = memoryview(bytearray(size))
+            self._decompress(data, cluster)
+        except ImageError as error:
+            error.message = f"cannot read the compressed cluster at guest offset {extent.offset - skip:#x}: {error.message}"
+            error.where = error.where or self.filename
+            raise
+        buffer[:] = cluster[skip : skip + len(buffer)]
+
+    # -- reserve, publish, cancel -----------------------------------------------------------------
+
+    def _before_change(self) -> None:
+        """First of all, feature bits that promise what is no longer kept are cleared; space is not hoarded."""
+        self.mapping.has_backing = "backing" in self.children
+        if not self._writing:
+            self._guarded(self._start_writing)
+        if self.refcounts is not None and len(self.refcounts.ready) > _PENDING_LIMIT:
+            self._guarded(self.write_back)
+
+    def _start_writing(self) -> None:
+        """Clear the autoclear bits this program does not keep up: unknown ones, and dirty bitmaps."""
+        header = self.header
+        kept = header.autoclear_features & layout.AUTOCLEAR_RAW_DATA
+        if header.version >= 3 and kept != header.autoclear_features:
+            self.header = header._replace(autoclear_features=kept)
+            self.file.write_from(88, memoryview(kept.to_bytes(8, "big")))
+            self.file.flush()
+        self._writing = True
+
+    def reserve(self, offset: int, length: int) -> list[Placement]:
+        self._before_change()
+        self._dropping = "other"
+        return self.mapping.reserve(offset, length)
+
+    def publish(self, placements: Sequence[Placement]) -> None:
+        self._data_pending = True
+        self._guarded(lambda: self.mapping.publish(list(placements)))
+
+    def cancel(self, placements: Sequence[Placement]) -> None:
+        self.mapping.cancel(list(placements))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """A metadata change that fails half way takes the node out of service."""
+        try:
+            action()
+        except BaseException as error:
+            self.fail_stop(error)
+            raise
+
+    # -- compressed clusters ----------------------------------------------------------------------
+
+    def compress(self, buffer: memoryview) -> bytes | None:
+        """One cluster compressed; ``None`` if that does not make it smaller. No lock; a short cluster is padded."""
+        if self._compress is None:
+            from . import compression
+
+            self._compress = compression.compressor(self.header.compression_type, self.compression_level)
+        if len(buffer) < self.cluster_size:
+            padded = bytearray(self.cluster_size)
+            padded[: len(buffer)] = buffer
+            buffer = memoryview(padded)
+        return self._compress(buffer)
+
+    def write_compressed(self, offset: int, buffer: memoryview) -> None:
+        from ...errors import InvalidArgument, NotSupported
+
+        if self.data_file is not None:
+            raise NotSupported("an image with an external data file cannot hold compressed clusters", where=self.filename)
+        last = min(self.cluster_size, self._size - offset)
+        if offset % self.cluster_size or len(buffer) not in (self.cluster_size, last):
+            raise InvalidArgument(f"a compressed write covers exactly one cluster of {self.cluster_size} bytes, "
+                                  f"not {len(buffer)} bytes at {offset:#x}", where=self.filename)  # fmt: skip
+        payload = self.compress(buffer)
+        if payload is None:
+            engine.write(self, offset, buffer)
+        else:
+            engine.write_compressed(self, offset, [payload])
+
+    def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
+        engine.write_compressed(self, offset, payloads)
+
+    def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
+        self._before_change()
+        self._dropping = "other"
+        assert self.refcounts is not None
+        hosts: list[int] = []
+        try:
+            for length in lengths:
+                hosts += self.refcounts.allocate_packed([length])
+        except BaseException:
+            self.cancel_compressed(hosts, lengths[: len(hosts)])
+            raise
+        return hosts
+
+    def publish_compressed(self, offset: int, hosts: Sequence[int], lengths: Sequence[int]) -> None:
+        self._data_pending = True
+        self._guarded(lambda: self.mapping.publish_compressed(offset, list(hosts), list(lengths)))
+
+    def cancel_compressed(self, hosts: Sequence[int], lengths: Sequence[int]) -> None:
+        assert self.refcounts is not None
+        for host, length in zip(hosts, lengths, strict=True):
+            self.refcounts.release_packed(host, length)
+
+    # -- unmap and free ---------------------------------------------------------------------------
+
+    def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
+        self._before_change()
+        self._dropping = "request"
+        raw_data = self.header.has_data_file and self.header.raw_data_file
+        if raw_data and self.data_file is not None:
+            # A raw data file must read the same without the tables.
+            length = min(length, self.table_span - offset % self.table_span)
+            self.data_file.write_zeroes(offset, min(length, self._size - offset), 0 if keep else 2)
+            kind = KIND_ZERO
+        return self.mapping.unmap(offset, length, kind, keep)
+
+    def _free(self, first: int, count: int) -> None:
+        """Host clusters nothing in the tables refers to any more: lowered once that is on disk and no request uses them."""
+        refcounts = self.refcounts
+        assert refcounts is not None
+        punch = self._dropping
+        self.inflight.when_clear(lambda: refcounts.ready.append((first, count, punch)))
+
+    # -- write-back: the order of RELIABILITY 2.3 -------------------------------------------------
+
+    def write_back(self) -> None:
+        """Refcounts | L2 tables | L1 table | lowered refcounts, with a flush at each ``|`` that something precedes."""
+        refcounts, mapping = self.refcounts, self.mapping
+        if refcounts is None:
+            return
+        frees, refcounts.ready = refcounts.ready, []
+        wrote = refcounts.write_back()
+        if mapping.dirty:
+            if wrote or self._data_pending:
+                self._flush_data()
+            wrote = bool(mapping.l2.write_dirty())
+            if mapping.l1_dirty:
+                if wrote:
+                    self.file.flush()
+                mapping.write_l1()
+            wrote = True
+        if frees:
+            if wrote:
+                self.file.flush()
+            self._lower(frees)
+
+    def _flush_data(self) -> None:
+        """Everything L2 tables are about to name is on disk: refcounts, and data copied into new clusters."""
+        if self.data_file is not None:
+            self.data_file.flush()
+        self.file.flush()
+        self._data_pending = False
+
+    def _lower(self, frees: list[tuple[int, int, str]]) -> None:
+        refcounts = self.refcounts
+        assert refcounts is not None
+        holes: list[tuple[int, int]] = []
+        for reason in ("request", "other"):
+            freed = refcounts.lower([(first, count) for first, count, why in frees if why == reason])
+            if self._punches(reason):
+                holes += freed
+        refcounts.write_back()
+        if holes:
+            # A hole may be there before the count is lowered on disk, but never before the mapping is gone.
+            for host, length in holes:
+                self.file.discard(host, length)
+
+    def _punches(self, reason: str) -> bool:
+        """Whether freed space is given back to the file system ("pass-discard-request", "pass-discard-other")."""
+        name = f"pass-discard-{reason}"
+        if name in self.runtime:
+            return self.runtime.flag(name)
+        return reason == "request" and self.pass_discard
+
+    def _relieve(self) -> None:
+        """A cache is full of changed tables."""
+        self._guarded(self.write_back)
+
+    def _publish_refcount_table(self, offset: int, clusters: int) -> None:
+        """Header bytes 48 to 59, in one sector, durable."""
+        self.header = self.header._replace(refcount_table_offset=offset, refcount_table_clusters=clusters)
+        self.file.write_from(48, memoryview(offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")), FUA)
+        self.file.flush()
+
+    # -- abilities --------------------------------------------------------------------------------
+
+    def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
+        from .resizing import resize
+
+        resize(self, size, preallocation)
+
+    def check(self, control: Control, fix: str = "") -> CheckResult:
+        from .check import check_image
+
+        return check_image(self, control, fix)
+
+    def format_info(self) -> dict[str, object]:
+        from .opening import describe
+
+        return describe(self)
+
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        with self.lock:
+            if flags.read_only and not self.read_only:
+                self._guarded(self.write_back)
+        return flags, options
+
+    def reopen_commit(self, token: object) -> None:
+        flags, options = token  # type: ignore[misc]
+        with self.lock:
+            was_read_only = self.read_only
+            self.open_flags, self.runtime = flags, options
+            self.read_only = flags.read_only
+            self.detect_zeroes = flags.detect_zeroes
+            self.pass_discard = flags.unmap
+            if was_read_only and not self.read_only:
+                self.load_refcounts()
+
+    def reopen_abort(self, token: object) -> None:
+        pass
+
+    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        from ...graph.node import PERM_ALL, PERM_READ
+
+        if self.force_share:
+            return used & PERM_READ, PERM_ALL
+        return super().child_permissions(child, used, shared)
+
+    def unallocate(self, offset: int, length: int) -> int:
+        """Drop the mapping of whole clusters altogether (shrinking); lock held; bytes done."""
+        self._before_change()
+        self._dropping = "request"
+        return self.mapping.unmap(offset, length, UNALLOCATED, False, full=True)

@@ -1,0 +1,164 @@
+"""Resizing a qcow2 image, in the order RELIABILITY 2.3 gives: cut-off bytes never come back."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from ...errors import InvalidArgument, NotSupported
+from ...io import engine
+from ...io.extent import MAY_UNMAP
+from ...io.tables import encode_words
+from ...units import align_up
+from . import layout
+from .entries import COPIED
+
+if TYPE_CHECKING:
+    from .image import Qcow2Node
+
+__all__ = ["resize"]
+
+
+def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
+    """Change the virtual size to ``size`` bytes.
+
+    :raises InvalidArgument: a size no header can hold
+    :raises NotSupported: an image whose snapshots record no size of their own (version 2)
+    """
+    if size > layout.MAX_VIRTUAL_SIZE or size % 512:
+        raise InvalidArgument(f"the new size is {size}, allowed are multiples of 512 up to {layout.MAX_VIRTUAL_SIZE}",
+                              where=node.filename)  # fmt: skip
+    header = node.header
+    if header.nb_snapshots and header.version < 3:
+        raise NotSupported("an image with internal snapshots cannot be resized in version 2", where=node.filename,
+                           hint="amend it to compat=1.1")  # fmt: skip
+    if header.nb_snapshots and size < header.size:
+        raise NotSupported("an image with internal snapshots cannot be shrunk", where=node.filename)
+    entries = layout.l1_entries_needed(size, header.cluster_bits, extended_l2=header.extended_l2)
+    if entries * 8 > layout.MAX_L1_SIZE:
+        raise InvalidArgument(f"the new size of {size} bytes needs an L1 table of {entries * 8} bytes, allowed are "
+                              f"{layout.MAX_L1_SIZE}", where=node.filename, hint="use larger clusters")  # fmt: skip
+    before = header.size
+    if size < before:
+        if preallocation != "off":
+            raise InvalidArgument("preallocation makes no sense when shrinking", where=node.filename)
+        _shrink(node, before, size)
+    elif size > before:
+        _grow(node, before, size, entries)
+        if preallocation != "off":
+            from .preallocate import preallocate
+
+            preallocate(node, before, size, preallocation)
+
+
+def _set_size(node: Qcow2Node, size: int) -> None:
+    """Header bytes 24 to 31, durable; lock held."""
+    node.file.write_from(24, memoryview(size.to_bytes(8, "big")))
+    node.file.flush()
+    node.header = node.header._replace(size=size)
+    node._size = size
+
+
+def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
+    with node.lock:
+        node.check_failure()
+        node.inflight.wait_all()
+        if entries > len(node.mapping.l1):
+            node._guarded(lambda: _grow_l1(node, entries))
+        # The engine clips at the size; what lies behind the old end must be settled before the header names it.
+        node._size = size
+    try:
+        cluster_end = min(align_up(before, node.cluster_size), size)
+        if cluster_end > before and not engine.reads_zero(node, before, cluster_end - before):
+            engine.write_zeroes(node, before, cluster_end - before)
+        _hide_backing(node, cluster_end, size)
+        with node.lock:
+            node._guarded(node.write_back)
+            node._guarded(node.file.flush)
+            node._guarded(lambda: _set_size(node, size))
+    except BaseException:
+        with node.lock:
+            if node.header.size == before:
+                node._size = before
+        raise
+
+
+def _hide_backing(node: Qcow2Node, start: int, end: int) -> None:
+    """A backing file longer than the old size must not show through in the new space."""
+    if node.backing is None:
+        return
+    end = min(end, align_up(node.backing.node.size, node.cluster_size))
+    if start < end:
+        engine.write_zeroes(node, start, end - start, MAY_UNMAP)
+
+
+def _grow_l1(node: Qcow2Node, entries: int) -> None:
+    """Move to a larger L1 table: written, published in one sector, then the old one is let go; lock held."""
+    refcounts, mapping, header = node.refcounts, node.mapping, node.header
+    assert refcounts is not None
+    count = max(entries, min(len(mapping.l1) * 3 // 2, layout.MAX_L1_SIZE // 8))
+    clusters = -(-count * 8 // node.cluster_size)
+    node.write_back()
+    grown = mapping.l1[:]
+    grown.extend(array("Q", bytes((count - len(grown)) * 8)))
+    offset = refcounts.allocate(clusters)
+    padded = encode_words(grown).ljust(clusters << header.cluster_bits, b"\0")
+    node.file.write_from(offset, memoryview(padded))
+    refcounts.write_back()
+    node.file.flush()
+    # Header bytes 36 to 47: the number of entries and the offset.
+    node.file.write_from(36, memoryview(count.to_bytes(4, "big") + offset.to_bytes(8, "big")))
+    node.file.flush()
+    old_offset, old_clusters = header.l1_table_offset, -(-header.l1_size * 8 // node.cluster_size)
+    node.header = header._replace(l1_size=count, l1_table_offset=offset)
+    mapping.l1, mapping.l1_offset = grown, offset
+    if old_clusters and old_offset:
+        refcounts.release(old_offset, old_clusters)
+
+
+def _shrink(node: Qcow2Node, before: int, size: int) -> None:
+    with node.lock:
+        node.check_failure()
+        node.inflight.wait_all()
+        node._guarded(node.write_back)
+        node._guarded(lambda: _set_size(node, size))
+        start, end = align_up(size, node.cluster_size), align_up(before, node.cluster_size)
+        while start < end:
+            done = node.unallocate(start, end - start)
+            start += done
+        node._guarded(node.write_back)
+        node._guarded(node.file.flush)
+        _drop_empty_tables(node, align_up(size, node.cluster_size))
+        node._guarded(node.write_back)
+        node._guarded(node.file.flush)
+    if node.file.size > 0:
+        _trim(node)
+
+
+def _drop_empty_tables(node: Qcow2Node, end: int) -> None:
+    """L2 tables wholly behind the new end are empty now: let them go; lock held."""
+    mapping = node.mapping
+    first = -(-end >> mapping.span_bits)
+    for index in range(first, len(mapping.l1)):
+        entry = mapping.l1[index]
+        if entry & COPIED:
+            host = entry & ~COPIED
+            mapping.l2.forget(host)
+            mapping._set_l1(index, 0)
+            node._free(host >> node.header.cluster_bits, 1)
+
+
+def _trim(node: Qcow2Node) -> None:
+    """Cut unused clusters off the end of the file."""
+    refcounts = node.refcounts
+    assert refcounts is not None
+    with node.lock:
+        bits = node.header.cluster_bits
+        last = -(-node.file.size >> bits)
+        while last > 1 and not refcounts.get(last - 1):
+            last -= 1
+        if last << bits < node.file.size:
+            node.file.resize(last << bits)
+        refcounts.virgin = min(refcounts.virgin, max(last, 1)) if node.file.has_zero_init else refcounts.virgin
+
+

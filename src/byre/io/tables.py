@@ -1,0 +1,190 @@
+"""A cache of metadata tables, and the rule that they reach the disk in safe order.
+
+A table is kept as an ``array("Q")`` in host byte order (scalar code indexes it, bulk code views it with
+numpy) or, where entries are not 64 bits wide, as the bytes on disk. What changed is remembered by
+pages of 4 KiB, and only those are written; entries never cross a 512-byte sector, so a torn write
+leaves each entry old or new.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..graph.node import Node
+
+__all__ = ["PAGE", "Table", "TableCache", "decode_words", "encode_words", "page_runs", "write_ordered"]
+
+PAGE: Final = 4096
+_SWAP: Final = sys.byteorder == "little"
+
+
+def decode_words(data: bytes | bytearray | memoryview) -> array[int]:
+    """Big-endian 64-bit words in host order."""
+    words: array[int] = array("Q")
+    words.frombytes(data)
+    if _SWAP:
+        words.byteswap()
+    return words
+
+
+def encode_words(words: array[int]) -> bytes:
+    """The inverse of :func:`decode_words`."""
+    if _SWAP:
+        words = words[:]
+        words.byteswap()
+    return words.tobytes()
+
+
+def page_runs(pages: Iterable[int], length: int) -> list[tuple[int, int]]:
+    """(start, end) byte ranges of runs of neighbouring pages, cut at ``length``."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        start, end = page * PAGE, min((page + 1) * PAGE, length)
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return runs
+
+
+class Table:
+    """One table in memory. Guarded by the lock of the node that owns the cache.
+
+    :ivar host: where it lies in the file
+    :ivar words: 64-bit entries in host byte order (``None`` for a table of bytes)
+    :ivar data: bytes as on disk (``None`` for a table of words)
+    :ivar dirty: changed pages
+    """
+
+    __slots__ = ("data", "dirty", "host", "used", "words")
+
+    def __init__(self, host: int, words: array[int] | None, data: bytearray | None) -> None:
+        self.host = host
+        self.words = words
+        self.data = data
+        self.dirty: set[int] = set()
+        self.used = True
+
+    def mark(self, first: int, last: int) -> None:
+        """Byte positions ``first`` to ``last`` (inclusive) changed."""
+        low, high = first // PAGE, last // PAGE
+        if low == high:
+            self.dirty.add(low)
+        else:
+            self.dirty.update(range(low, high + 1))
+
+    def encoded(self, start: int, end: int) -> bytes | bytearray:
+        """Bytes ``[start, end)`` as on disk."""
+        if self.words is not None:
+            return encode_words(self.words[start // 8 : end // 8])
+        assert self.data is not None
+        return self.data[start:end]
+
+
+class TableCache:
+    """Tables of one size in one file, by host offset.
+
+    Guarded by the lock of the node that owns it. Clean tables are dropped beyond ``capacity``; when all are
+    dirty, ``relieve`` is called, which must write them back in safe order.
+
+    :param length: bytes of a table
+    :param capacity: how many tables may be kept
+    :param words: tables of 64-bit entries rather than bytes
+    """
+
+    def __init__(self, file: Node, length: int, capacity: int, words: bool, relieve: Callable[[], None]) -> None:
+        self.file = file
+        self.length = length
+        self.capacity = max(capacity, 2)
+        self.words = words
+        self.tables: dict[int, Table] = {}
+        self.dirty: dict[int, Table] = {}
+        self._relieve = relieve
+
+    def get(self, host: int) -> Table:
+        """The table at ``host``, from memory or the file."""
+        table = self.tables.get(host)
+        if table is None:
+            self._make_room()
+            data = bytearray(self.length)
+            self.file.read_into(host, memoryview(data))
+            table = Table(host, decode_words(data), None) if self.words else Table(host, None, data)
+            self.tables[host] = table
+        table.used = True
+        return table
+
+    def create(self, host: int, like: Table | None = None) -> Table:
+        """A new table at ``host``, empty or a copy, wholly dirty; nothing is read."""
+        self._make_room()
+        if self.words:
+            words = like.words[:] if like and like.words is not None else array("Q", bytes(self.length))
+            table = Table(host, words, None)
+        else:
+            table = Table(host, None, bytearray(like.data) if like and like.data is not None else bytearray(self.length))
+        self.tables[host] = table
+        self.mark(table, 0, self.length - 1)
+        return table
+
+    def mark(self, table: Table, first: int, last: int) -> None:
+        """Bytes ``first`` to ``last`` (inclusive) of ``table`` changed."""
+        table.mark(first, last)
+        self.dirty[table.host] = table
+
+    def forget(self, host: int) -> None:
+        """The table at ``host`` exists no longer; its changes need not be written."""
+        self.tables.pop(host, None)
+        self.dirty.pop(host, None)
+
+    def drop_all(self) -> None:
+        """Forget everything; there must be no dirty table."""
+        self.tables.clear()
+        self.dirty.clear()
+
+    def write_dirty(self) -> int:
+        """Write the changed pages; the number of tables written."""
+        count = len(self.dirty)
+        for host in sorted(self.dirty):
+            table = self.dirty[host]
+            for start, end in page_runs(table.dirty, self.length):
+                self.file.write_from(host + start, memoryview(table.encoded(start, end)))
+            table.dirty.clear()
+        self.dirty.clear()
+        return count
+
+    def _make_room(self) -> None:
+        if len(self.tables) < self.capacity:
+            return
+        if len(self.dirty) >= self.capacity - 1:
+            self._relieve()
+        # Second chance: a table used since the last round is passed over once.
+        for host, table in list(self.tables.items()):
+            if len(self.tables) < self.capacity:
+                return
+            if table.dirty:
+                continue
+            if table.used:
+                table.used = False
+                del self.tables[host]
+                self.tables[host] = table
+            else:
+                del self.tables[host]
+        for host, table in list(self.tables.items()):
+            if len(self.tables) < self.capacity:
+                return
+            if not table.dirty:
+                del self.tables[host]
+
+
+def write_ordered(file: Node, stages: Iterable[Callable[[], int]]) -> None:
+    """Run the stages in order, with a flush of ``file`` between one that wrote something and the next that does."""
+    pending = False
+    for stage in stages:
+        if pending:
+            file.flush()
+            pending = False
+        pending = bool(stage())
