@@ -12,7 +12,7 @@ from .errors import InvalidArgument
 from .units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["Option", "OptionSet", "OptionValues", "flatten", "parse_json", "parse_keyval", "split_keyval", "unflatten"]
 
@@ -82,7 +82,7 @@ class OptionSet:
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 
-    def __iter__(self) -> Iterable[Option]:  # type: ignore[misc]
+    def __iter__(self) -> Iterator[Option]:
         return iter(self.options)
 
     def parse(self, given: Mapping[str, object], *, what: str) -> OptionValues:

@@ -84,7 +84,7 @@ class FormatNode(Node):
         self.pass_discard = True
         self.sources: tuple[Child, ...] = ()
         self.cipher: Cipher | None = None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._size = 0
         #: Backing file as the image records it; opening attaches it. "" means none.
         self.backing_name = ""
@@ -202,7 +202,7 @@ class FormatNode(Node):
                 hint="close it and open it again; what was flushed is safe",
             )
 
-    def fail_stop(self, error: Exception) -> None:
+    def fail_stop(self, error: BaseException) -> None:
         """A metadata write or flush failed: no more metadata writes, every request fails from now on."""
         if self.failure is None:
             self.failure = error

@@ -203,9 +203,6 @@ class RawNode(Node):
             return used & ~PERM_RESIZE | (PERM_RESIZE if used & PERM_RESIZE else 0), shared
         return used, shared
 
-    def reopen_prepare(self, flags: object, options: object) -> object:
-        return flags
-
     def reopen_commit(self, token: object) -> None:
         from ..graph.opening import OpenFlags
 
@@ -214,9 +211,6 @@ class RawNode(Node):
         self.read_only = token.read_only
         self.detect_zeroes = token.detect_zeroes
         self.pass_discard = token.unmap
-
-    def reopen_abort(self, token: object) -> None:
-        pass
 
 
 def create(request: CreateRequest) -> None:

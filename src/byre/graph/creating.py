@@ -139,7 +139,7 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
                            PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))  # fmt: skip
         return node
 
-    file_options = {key: values.given[key] for key in ("nocow", "extent_size_hint") if key in values.given}
+    file_options: dict[str, object] = {key: values.given[key] for key in ("nocow", "extent_size_hint") if key in values.given}
     try:
         node = create_file(filename, {**file_options, "size": 0})
         make(CreateRequest(filename, values, node, graph, create_file))

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..io.extentmap import ExtentMap
+    from ..options import OptionValues
     from .child import Child
+    from .opening import OpenFlags
 
 __all__ = [
     "PERM_ALL",
@@ -241,6 +243,22 @@ class Node:
 
         :raises Busy: somebody outside the graph holds what is asked
         """
+
+    # -- reopening --------------------------------------------------------------------------------
+
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        """Make ready for other flags and options; nothing changes before :meth:`reopen_commit`. Requests are held back.
+
+        :raises ByreError: it is not possible
+        """
+        return flags
+
+    def reopen_commit(self, token: object) -> None:
+        """Take over what ``reopen_prepare`` returned; cannot fail."""
+        self.read_only = bool(getattr(token, "read_only", self.read_only))
+
+    def reopen_abort(self, token: object) -> None:
+        """Let go of what ``reopen_prepare`` returned."""
 
     # -- life -------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .graph import Graph
 
-__all__ = ["CHAIN_LIMIT", "COMMON_OPTIONS", "OpenFlags", "OpenRequest", "Opener", "Policy", "parse_filename"]
+__all__ = ["CHAIN_LIMIT", "COMMON_OPTIONS", "FLAG_FIELDS", "OpenFlags", "OpenRequest", "Opener", "Policy", "parse_filename"]
 
 CHAIN_LIMIT: Final = 200
 
@@ -288,8 +288,8 @@ class Opener:
             if option.name not in rest:
                 continue
             value = convert(option, rest.pop(option.name))
-            if option.name in _FLAG_FIELDS:
-                changes[_FLAG_FIELDS[option.name]] = value
+            if option.name in FLAG_FIELDS:
+                changes[FLAG_FIELDS[option.name]] = value
             elif option.name == "discard":
                 changes["unmap"] = value in ("unmap", "on")
             elif option.name == "node-name":
@@ -400,7 +400,7 @@ class Opener:
         return below
 
 
-_FLAG_FIELDS = {
+FLAG_FIELDS = {
     "read-only": "read_only",
     "auto-read-only": "auto_read_only",
     "force-share": "force_share",

@@ -170,11 +170,11 @@ class ExtentMap:
 
     def allocated(self) -> NDArray[np.bool_]:
         """Per row: whether some layer holds it (not UNALLOCATED)."""
-        return self.kind != UNALLOCATED
+        return np.not_equal(self.kind, UNALLOCATED)
 
     def reads_zero(self) -> NDArray[np.bool_]:
         """Per row: whether it is known to read as zeroes once resolved over the whole chain."""
-        return (self.kind == ZERO) | (self.kind == UNALLOCATED)
+        return np.isin(self.kind, (ZERO, UNALLOCATED))
 
     def data_rows(self) -> NDArray[np.bool_]:
-        return self.kind == DATA
+        return np.equal(self.kind, DATA)

@@ -425,7 +425,7 @@ class FileNode(Node):
             unshared = 0 if self.open_flags.force_share else PERM_ALL & ~shared
             self._locks.change(self._fd, used & PERM_ALL, unshared)
 
-    def reopen_prepare(self, flags: OpenFlags) -> object:
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues | None = None) -> object:
         """Open the file again for ``flags``; nothing changes before :meth:`reopen_commit`.
 
         The caller has stopped requests until then.

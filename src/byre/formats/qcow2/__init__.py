@@ -99,7 +99,7 @@ CREATE_PRINT_ORDER: Final = (
 
 def open_node(request: OpenRequest) -> Node:
     """The node of an existing image."""
-    from .image import open_qcow2
+    from .opening import open_qcow2
 
     return open_qcow2(request)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from ...errors import ImageError
 from ...io import engine
@@ -356,7 +356,7 @@ class Qcow2Node(FormatNode):
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
-        flags, options = token  # type: ignore[misc]
+        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
         with self.lock:
             was_read_only = self.read_only
             self.open_flags, self.runtime = flags, options
@@ -365,9 +365,6 @@ class Qcow2Node(FormatNode):
             self.pass_discard = flags.unmap
             if was_read_only and not self.read_only:
                 self.load_refcounts()
-
-    def reopen_abort(self, token: object) -> None:
-        pass
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ

@@ -1,0 +1,116 @@
+"""Reopening: other options for open nodes, as one transaction.
+
+Every node under the handle prepares (opens what it needs, checks), then all commit, or all abort and
+everything is as before. Requests are held back meanwhile.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..catalog import driver
+from ..options import convert, flatten
+from .node import PERM_READ, PERM_RESIZE, PERM_WRITE
+from .opening import COMMON_OPTIONS, FLAG_FIELDS, OpenFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..image import Image
+    from ..options import OptionSet, OptionValues
+    from .node import Node
+
+__all__ = ["reopen"]
+
+
+def reopen(image: Image, *, read_only: bool | None, cache: str | None, options: Mapping[str, object]) -> None:
+    """See :meth:`byre.image.Image.reopen`."""
+    from ..image import cache_flags
+
+    top = image.node
+    changes: dict[str, object] = {}
+    writethrough = image.writethrough
+    if read_only is not None:
+        changes["read_only"] = read_only
+    if cache is not None:
+        changes["direct"], changes["no_flush"], writethrough = cache_flags(cache)
+    own, common = _split(top, options)
+    changes.update(common)
+    image.pause()
+    try:
+        _transaction(image, top, changes, own)
+        image.writethrough = writethrough
+    finally:
+        image.resume()
+
+
+def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """(the top driver's own options, changes of the flags every node has)."""
+    own: dict[str, object] = {}
+    flags: dict[str, object] = {}
+    for key, value in flatten(dict(options)).items():
+        if key in FLAG_FIELDS:
+            flags[FLAG_FIELDS[key]] = convert(COMMON_OPTIONS[key], value)
+        elif key == "discard":
+            flags["unmap"] = convert(COMMON_OPTIONS[key], value) in ("unmap", "on")
+        else:
+            own[key] = value
+    return own, flags
+
+
+def _flags_of(node: Node) -> OpenFlags:
+    flags = getattr(node, "open_flags", None)
+    return flags if isinstance(flags, OpenFlags) else OpenFlags(read_only=node.read_only)
+
+
+def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[str, object]) -> None:
+    """Prepare top-down when giving up writing, bottom-up when taking it up; commit the other way round."""
+    nodes = _affected(top)
+    prepared: list[tuple[Node, object]] = []
+    was_read_only = image.read_only
+    wanted = bool(changes.get("read_only", was_read_only))
+    try:
+        for node in nodes:
+            flags = _flags_of(node)._replace(**changes)  # type: ignore[arg-type]
+            if node is not top:
+                flags = flags.for_file()
+            prepared.append((node, node.reopen_prepare(flags, _options(node, own if node is top else {}))))
+    except BaseException:
+        for node, token in reversed(prepared):
+            node.reopen_abort(token)
+        raise
+    # A file must be writable before the format above it starts to write, and the reverse on the way back.
+    for node, token in prepared if wanted else reversed(prepared):
+        node.reopen_commit(token)
+    image.read_only = wanted
+    used = image._root.used
+    used = used & ~(PERM_WRITE | PERM_RESIZE) | PERM_READ if wanted else used | PERM_WRITE
+    try:
+        image.graph.set_image_permissions(image._root, used, image._root.shared)
+    except BaseException:
+        if wanted != was_read_only:
+            _transaction(image, top, {**changes, "read_only": was_read_only}, own)
+        raise
+
+
+def _affected(top: Node) -> list[Node]:
+    """The node and what it owns the writing of (no backing files), top first."""
+    result: list[Node] = []
+    todo = [top]
+    while todo:
+        node = todo.pop(0)
+        result.append(node)
+        todo += [edge.node for name, edge in node.children.items() if name != "backing"]
+    return result
+
+
+def _options(node: Node, given: dict[str, object]) -> OptionValues:
+    """The node's driver options with ``given`` on top."""
+    row = driver(node.driver)
+    module = import_module(row.module)
+    before = getattr(node, "runtime", None)
+    values = dict(before.given) if before is not None else {}
+    values.update(given)
+    declared: OptionSet = module.OPTIONS
+    return declared.parse(values, what=f"driver {row.name!r}")
