@@ -7,7 +7,7 @@ from pathlib import Path
 from harness import Bench, Goal, parse_arguments
 
 PEER_FASTEST = ("-W", "-m", "16")  # out of order, sixteen in flight: the peer's quickest setting for compression
-DENSE = ("-o", "compression_level=6")
+DENSE = ("--level", "6")
 
 
 def main() -> None:
@@ -46,9 +46,7 @@ def compressed_copies(bench: Bench, raw: str) -> None:
     target = bench.path("target.qcow2")
     bench.warm(raw)
 
-    def compress(
-        name: str, goal: Goal, options: tuple[str, ...], own: tuple[str, ...] = (), size_goal: float = 0
-    ) -> None:
+    def compress(name: str, goal: Goal, *options: str, own: tuple[str, ...] = (), size_goal: float = 0) -> None:
         common = ("-c", "-f", "raw", "-O", "qcow2", *options)
         bench.row(
             name,
@@ -60,9 +58,9 @@ def compressed_copies(bench: Bench, raw: str) -> None:
             finish=lambda: verify(bench, raw, target, "qcow2"),
         )
 
-    compress("convert -c zlib, against -W -m 16", Goal(0.15), (), size_goal=1.06)
-    compress("convert -c zlib dense, against -W -m 16", Goal(0.4), (), DENSE, size_goal=1.0)
-    compress("convert -c zstd, against -W -m 16", Goal(0.6), ("-o", "compression_type=zstd"))
+    compress("convert -c zlib, against -W -m 16", Goal(0.15), size_goal=1.06)
+    compress("convert -c zlib dense, against -W -m 16", Goal(0.4), own=DENSE, size_goal=1.0)
+    compress("convert -c zstd, against -W -m 16", Goal(0.6), "-o", "compression_type=zstd")
     Path(target).unlink(missing_ok=True)
 
     output = bench.path("target.raw")
