@@ -118,7 +118,7 @@ def create(request: CreateRequest) -> None:
     create_qcow2(request)
 
 
-def measure(options: OptionValues, virtual_size: int, data_bytes: int = 0) -> tuple[int, int]:
+def measure(options: OptionValues, virtual_size: int, data_bytes: int | None = None) -> tuple[int, int]:
     """(required, fully allocated) file size in bytes; see :func:`.measurement.file_sizes`."""
     from .measurement import file_sizes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ...errors import ByreError, InvalidArgument, NotSupported
+from ...errors import InvalidArgument, NotSupported
 from ...units import format_size
 from . import layout
 from .entries import ALL_ALLOCATED, COPIED
@@ -29,7 +29,6 @@ WINDOW: Final = 1 << 20
 SMALL_CLUSTER: Final = 4096
 """Up to this cluster size the feature names are left out, to keep room for a backing file name."""
 NEW_HEADER_LENGTH: Final = 112
-_ENCRYPTION: Final = ("encryption", "encrypt.format")
 
 
 class Plan(NamedTuple):

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["file_sizes", "touched_bytes"]
 
 
-def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int = 0) -> tuple[int, int]:
+def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int | None = None) -> tuple[int, int]:
     """(required, fully allocated) file size in bytes.
 
-    :param options: values of ``CREATE_OPTIONS``; with a backing file every cluster is assumed to be needed
+    :param options: values of ``CREATE_OPTIONS``; with a backing file every cluster of the source is assumed to be needed
     :param virtual_size: bytes; that of the source image if there is one
     :param data_bytes: bytes of the clusters (of this image) in which the source holds data, from
-        :func:`touched_bytes`; 0 without a source
+        :func:`touched_bytes`; ``None`` without a source
     :raises InvalidArgument: as creation would refuse
     """
     if "encrypt.format" in options:
@@ -34,9 +34,12 @@ def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int = 0) ->
     l1_entries_of(virtual_size, bits, extended_l2=extended)
     guest = align_up(virtual_size, 1 << bits)
     full = _full_size(guest, bits, order, extended)
-    if options.text("preallocation") in ("falloc", "full") or options.text("backing_file"):
+    if options.text("preallocation") in ("falloc", "full"):
         data_bytes = guest
-    return full - guest + data_bytes, full
+    elif data_bytes is not None and options.text("backing_file"):
+        # Nobody knows how much of the source the backing file holds as well.
+        data_bytes = guest
+    return full - guest + (data_bytes or 0), full
 
 
 def _full_size(guest: int, bits: int, order: int, extended: bool) -> int:
