@@ -17,7 +17,7 @@ from ..io.extent import UNALLOCATED, Extent
 from ..io.inflight import InFlight
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..graph.child import Child
     from ..io.extentmap import ExtentMap
@@ -85,6 +85,8 @@ class FormatNode(Node):
         self.sources: tuple[Child, ...] = ()
         self.cipher: Cipher | None = None
         self.failure: BaseException | None = None
+        #: Tells a fault filter below what is about to happen; ``None`` where there is none.
+        self.report: Callable[[str], None] | None = None
         self._size = 0
         #: Backing file as the image records it; opening attaches it. "" means none.
         self.backing_name = ""

@@ -77,12 +77,18 @@ def _read_layer(node: FormatNode, offset: int, view: memoryview) -> list[tuple[N
                 at, size, kind, host, source = extent
                 piece = view if size == length else view[at - offset : at - offset + size]
                 if kind == DATA:
+                    if node.report is not None:
+                        node.report("read_aio")
                     node.sources[source].node.read_into(host, piece)
                     if node.cipher is not None:
                         node.cipher.decrypt(host if node.cipher.by_host else at, piece)
                 elif kind == UNALLOCATED and node.backing is not None:
+                    if node.report is not None:
+                        node.report("read_backing_aio")
                     below.append((node.backing.node, at, piece))
                 elif kind == COMPRESSED:
+                    if node.report is not None:
+                        node.report("read_compressed")
                     node.decompress(extent, piece)
                 else:
                     fill_zero(piece)
@@ -196,6 +202,8 @@ def _place(node: FormatNode, placement: Placement, offset: int, stop: int, view:
     end = min(placement.offset + placement.length, stop)
     data = view[start - offset : end - offset]
     target = node.sources[placement.source].node
+    if node.report is not None:
+        _report_write(node, placement, start, end)
     if not placement.fresh:
         if node.cipher is not None:
             data = _encrypted(node, placement.host, start, [data])
@@ -218,6 +226,15 @@ def _place(node: FormatNode, placement: Placement, offset: int, stop: int, view:
         target.write_from(host, data)
     else:
         target.writev_from(host, parts)
+
+
+def _report_write(node: FormatNode, placement: Placement, start: int, end: int) -> None:
+    assert node.report is not None
+    if placement.fresh and (start > placement.offset or end < placement.offset + placement.length):
+        if not placement.blank:
+            node.report("cow_read")
+        node.report("cow_write")
+    node.report("write_aio")
 
 
 def _current(node: FormatNode, offset: int, length: int, blank: bool) -> memoryview:
@@ -260,6 +277,8 @@ def write_compressed(node: FormatNode, offset: int, payloads: Sequence[bytes]) -
         ticket = inflight.take()
     published = False
     try:
+        if node.report is not None:
+            node.report("write_compressed")
         for host, run in _contiguous(hosts, payloads):
             target.writev_from(host, run)
         with node.lock:
@@ -416,6 +435,8 @@ def flush(node: FormatNode) -> None:
         if node.read_only:
             return
         try:
+            if node.report is not None:
+                node.report("flush_to_os")
             node.write_back()
         except BaseException as error:
             node.stats.failed(4)
@@ -423,6 +444,8 @@ def flush(node: FormatNode) -> None:
             raise
     children = list(node.children.items())
     try:
+        if node.report is not None:
+            node.report("flush_to_disk")
         for name, child in children:
             if name != "backing":
                 child.node.flush()

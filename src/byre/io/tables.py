@@ -95,7 +95,10 @@ class TableCache:
     :param length: bytes of a table
     :param capacity: how many tables may be kept
     :param words: tables of 64-bit entries rather than bytes
+    :ivar report: told ``load_event`` and ``update_event`` before a table is read or written
     """
+
+    load_event = update_event = ""
 
     def __init__(self, file: Node, length: int, capacity: int, words: bool, relieve: Callable[[], None]) -> None:
         self.file = file
@@ -105,12 +108,15 @@ class TableCache:
         self.tables: dict[int, Table] = {}
         self.dirty: dict[int, Table] = {}
         self._relieve = relieve
+        self.report: Callable[[str], None] | None = None
 
     def get(self, host: int) -> Table:
         """The table at ``host``, from memory or the file."""
         table = self.tables.get(host)
         if table is None:
             self._make_room()
+            if self.report is not None:
+                self.report(self.load_event)
             data = bytearray(self.length)
             self.file.read_into(host, memoryview(data))
             table = Table(host, decode_words(data), None) if self.words else Table(host, None, data)
@@ -150,6 +156,8 @@ class TableCache:
         count = len(self.dirty)
         for host in sorted(self.dirty):
             table = self.dirty[host]
+            if self.report is not None:
+                self.report(self.update_event)
             for start, end in page_runs(table.dirty, self.length):
                 self.file.write_from(host + start, memoryview(table.encoded(start, end)))
             table.dirty.clear()

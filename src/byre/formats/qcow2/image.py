@@ -66,6 +66,7 @@ class Qcow2Node(FormatNode):
         self.mapping: Mapping = Mapping(file, header, array("Q"), self.filename, self._relieve, self._free)
         self.table_span = 1 << self.mapping.span_bits
         self.refcounts: Refcounts | None = None
+        self.report = file.debug_event if file.takes_events else None
         self._data_pending = False
         self._writing = False
         self._freed: list[tuple[int, int]] = []

@@ -69,6 +69,9 @@ class Mapping:
         self.l1_offset = header.l1_table_offset
         self._l1_dirty: set[int] = set()
         self.l2 = TableCache(file, self.cluster_size, _CACHE_BYTES >> header.cluster_bits, True, relieve)
+        self._report = file.debug_event if file.takes_events else None
+        self.l2.report = self._report
+        self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
         self._free = free
         self.refcounts: Refcounts | None = None  # set for writing
         self.has_backing = False
@@ -248,6 +251,8 @@ class Mapping:
         if host and entry & COPIED:
             return self.l2.get(host)
         assert self.refcounts is not None
+        if self._report is not None:
+            self._report("l2_alloc_write")
         old = self.l2.get(host) if host else None
         new_host = self.refcounts.allocate(1)
         table = self.l2.create(new_host, old)
@@ -543,6 +548,8 @@ class Mapping:
         return bool(self._l1_dirty)
 
     def write_l1(self) -> None:
+        if self._report is not None:
+            self._report("l1_update")
         for start, end in page_runs(self._l1_dirty, len(self.l1) * 8):
             self.file.write_from(self.l1_offset + start, memoryview(encode_words(self.l1[start // 8 : end // 8])))
         self._l1_dirty.clear()

@@ -33,6 +33,10 @@ def _zero_field_table(order: int) -> bytes:
     return bytes(any(value >> shift & mask == 0 for shift in range(0, 8, width)) for value in range(256))
 
 
+def _no_report(_name: str) -> None:
+    pass
+
+
 class Refcounts:
     """Guarded by the node's lock.
 
@@ -66,6 +70,9 @@ class Refcounts:
         self.table = decode_words(data)
         self._table_dirty: set[int] = set()
         self.blocks = TableCache(file, self.cluster_size, _CACHE_BYTES >> cluster_bits, False, relieve)
+        self._report = file.debug_event if file.takes_events else _no_report
+        self.blocks.report = file.debug_event if file.takes_events else None
+        self.blocks.load_event, self.blocks.update_event = "refblock_load", "refblock_update_part"
         self._publish_table = publish_table
         self._hint = 0
         self._packed_at = 0  # host offset behind the last compressed cluster, 0 for none
@@ -135,6 +142,7 @@ class Refcounts:
 
         :raises NoSpace: the format cannot address more
         """
+        self._report("cluster_alloc")
         first = self._find(self._hint, count)
         while not self._ensure_blocks(first, count):
             first = self._find(self._hint, count)
@@ -255,6 +263,7 @@ class Refcounts:
 
     def _new_block(self, index: int, cluster: int) -> None:
         """Put refcount block ``index`` at free cluster ``cluster``, which it counts itself."""
+        self._report("refblock_alloc")
         host = cluster << self.cluster_bits
         block = self.blocks.create(host)
         assert block.data is not None
@@ -272,6 +281,7 @@ class Refcounts:
 
         The new table and the blocks that count it lie behind everything the old table covered.
         """
+        self._report("reftable_grow")
         per_cluster = self.cluster_size // 8
         start = max(len(self.table) << self.block_bits, -(-self.file.size >> self.cluster_bits))
         first_block = start >> self.block_bits
@@ -305,9 +315,12 @@ class Refcounts:
             for number in range(block_count):
                 self.blocks.create((start + number) << self.cluster_bits)
             self._change(start, block_count + clusters, 1)
+            self._report("refblock_alloc_write_blocks")
             self.blocks.write_dirty()
+            self._report("refblock_alloc_write_table")
             self.file.write_from(offset, memoryview(encode_words(grown)))
             self.file.flush()
+            self._report("refblock_alloc_switch_table")
             self._publish_table(offset, clusters)
         except BaseException:
             self.table = before
@@ -324,6 +337,7 @@ class Refcounts:
         return [self._pack(length) for length in lengths]
 
     def _pack(self, length: int) -> int:
+        self._report("cluster_alloc_bytes")
         size, bits = self.cluster_size, self.cluster_bits
         at = self._packed_at
         free = -at % size if at else 0
@@ -364,6 +378,7 @@ class Refcounts:
         """
         freed: list[tuple[int, int]] = []
         for first, count in runs:
+            self._report("cluster_free")
             self._change(first, count, -1)
             for cluster in range(first, first + count):
                 if self.get(cluster):
@@ -388,6 +403,7 @@ class Refcounts:
         """Blocks, then, behind a flush, the table entries that name new ones; whether anything was written."""
         wrote = bool(self.blocks.write_dirty())
         if self._table_dirty:
+            self._report("refblock_alloc_hookup")
             if wrote:
                 self.file.flush()
             for start, end in page_runs(self._table_dirty, len(self.table) * 8):
