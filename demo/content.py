@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ DATABASE = "/srv/db/accounts.db"
 PAGE_COUNT = 6 * MIB // PAGE * 6
 
 Files = dict[str, bytes]
+Release = Callable[[int, int], None]
+"""Called with (offset, length) of a byte range of the file system that nothing needs any more."""
 
 
 def install(system: Ext2) -> Files:
@@ -46,10 +49,10 @@ def install(system: Ext2) -> Files:
     return files
 
 
-def update(system: Ext2) -> tuple[Files, list[str], list[tuple[int, int]]]:
+def update(system: Ext2, release: Release) -> tuple[Files, list[str]]:
     """A new release: files replaced and added, the package cache emptied.
 
-    :returns: files written, files removed, byte ranges of the file system that became free
+    :returns: files written, files removed
     """
     chance = random.Random(2)
     files: Files = {
@@ -58,12 +61,12 @@ def update(system: Ext2) -> tuple[Files, list[str], list[tuple[int, int]]]:
         "/var/log/update.log": log(chance, 15, 4000),
     }
     removed = [path for path in system.files("/var/cache/packages") if not path.endswith("-1.bin")]
-    freed = [run for path in removed for run in system.remove(path)]
+    delete(system, removed, release)
     store(system, files)
-    return files, removed, freed
+    return files, removed
 
 
-def today(system: Ext2, database: bytes) -> tuple[Files, list[str], list[tuple[int, int]]]:
+def today(system: Ext2, database: bytes, release: Release) -> tuple[Files, list[str]]:
     """A day's work: pages of the database rewritten all over the file, new files, an old program deleted.
 
     :param database: its content up to now
@@ -80,10 +83,18 @@ def today(system: Ext2, database: bytes) -> tuple[Files, list[str], list[tuple[i
         "/home/ada/pictures/0005.jpg": chance.randbytes(6 * MIB),
         "/var/log/server-15.log": log(chance, 16, 20000),
     }
-    freed = system.remove("/srv/app/version-1.bin")
+    removed = ["/srv/app/version-1.bin"]
+    delete(system, removed, release)
     store(system, files)
     files[DATABASE] = bytes(content)
-    return files, ["/srv/app/version-1.bin"], freed
+    return files, removed
+
+
+def delete(system: Ext2, paths: list[str], release: Release) -> None:
+    """Remove files and give their space back, before anything else takes it."""
+    for path in paths:
+        for offset, length in system.remove(path):
+            release(offset, length)
 
 
 def store(system: Ext2, files: Files) -> None:

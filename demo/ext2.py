@@ -115,7 +115,8 @@ class Ext2:
         self._used_blocks = self._load_bits(0, BLOCKS_PER_GROUP)
         self._used_inodes = self._load_bits(1, self.inodes_per_group)
         self._inodes: dict[int, Inode] = {}
-        self._last_block = 0
+        # New blocks come after all others while there is room there; holes are filled later.
+        self._last_block = int(np.flatnonzero(self._used_blocks[: self.block_count])[-1])
 
     @classmethod
     def format(cls, device: Device, size: int, *, label: str, uuid: bytes, now: int) -> Ext2:

@@ -28,7 +28,7 @@ DIM: Colour = (140, 152, 168)
 TICK: Colour = (70, 82, 98)
 
 ROWS = 16
-CELL = 5  # pixels, one of them the gap
+WIDTH = 1280  # pixels, at most, for the cells of a band
 MARGIN = 36
 
 # Five columns for each printable ASCII character, the lowest bit on top.
@@ -66,8 +66,9 @@ def draw(heading: str, layers: Sequence[Layer], cluster_size: int) -> np.ndarray
     every band and the bands can be compared by looking up and down.
     """
     column_count = -(-max(len(layer.kinds) for layer in layers) // ROWS)
-    width = 2 * MARGIN + column_count * CELL
-    band = ROWS * CELL
+    cell = max(2, WIDTH // column_count)  # one pixel of it is the gap
+    width = 2 * MARGIN + column_count * cell
+    band = ROWS * cell
     top = 116
     pitch = band + 46
     canvas = np.empty((top + len(layers) * pitch + 50, width, 3), np.uint8)
@@ -78,8 +79,8 @@ def draw(heading: str, layers: Sequence[Layer], cluster_size: int) -> np.ndarray
         y = top + index * pitch
         text(canvas, MARGIN, y, layer.title, BRIGHT, 2)
         text(canvas, width - MARGIN - text_width(layer.note, 2), y, layer.note, DIM, 2)
-        _band(canvas, MARGIN, y + 22, layer.kinds, column_count)
-    _ruler(canvas, MARGIN, top + len(layers) * pitch - 18, column_count, cluster_size)
+        _band(canvas, MARGIN, y + 22, layer.kinds, column_count, cell)
+    _ruler(canvas, MARGIN, top + len(layers) * pitch - 18, column_count, cell, cluster_size)
     return canvas
 
 
@@ -99,14 +100,14 @@ def text(canvas: np.ndarray, x: int, y: int, words: str, colour: Colour, scale: 
         x += 6 * scale
 
 
-def _band(canvas: np.ndarray, x: int, y: int, kinds: np.ndarray, column_count: int) -> None:
+def _band(canvas: np.ndarray, x: int, y: int, kinds: np.ndarray, column_count: int, cell: int) -> None:
     palette = np.array([colour for _, colour in KINDS] + [BACKGROUND], np.uint8)
     cells = np.full(column_count * ROWS, len(KINDS))  # the rest of the last column is empty
     cells[: len(kinds)] = kinds
     pixels = palette[cells.reshape(column_count, ROWS).T]
-    pixels = pixels.repeat(CELL, 0).repeat(CELL, 1)
-    pixels[CELL - 1 :: CELL] = BACKGROUND
-    pixels[:, CELL - 1 :: CELL] = BACKGROUND
+    pixels = pixels.repeat(cell, 0).repeat(cell, 1)
+    pixels[cell - 1 :: cell] = BACKGROUND
+    pixels[:, cell - 1 :: cell] = BACKGROUND
     canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
 
 
@@ -118,14 +119,14 @@ def _legend(canvas: np.ndarray, x: int, y: int, cluster_size: int) -> None:
     text(canvas, x, y, f"one cell is a cluster of {cluster_size >> 10} KiB", DIM, 2)
 
 
-def _ruler(canvas: np.ndarray, x: int, y: int, column_count: int, cluster_size: int) -> None:
+def _ruler(canvas: np.ndarray, x: int, y: int, column_count: int, cell: int, cluster_size: int) -> None:
     """Guest offsets below the last band, every eighth of the disk."""
     end = column_count * ROWS * cluster_size
     for part in range(9):
-        at = x + column_count * CELL * part // 8
+        at = x + column_count * cell * part // 8
         canvas[y : y + 8, min(at, canvas.shape[1] - 1)] = TICK
         words = f"{(end * part // 8) >> 20} MiB" if part else "0"
-        left = min(max(at - text_width(words, 1) // 2, x), x + column_count * CELL - text_width(words, 1))
+        left = min(max(at - text_width(words, 1) // 2, x), x + column_count * cell - text_width(words, 1))
         text(canvas, left, y + 14, words, DIM, 1)
 
 

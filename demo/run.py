@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 OUT = Path("demo-out")
-DISK_SIZE = 256 * MIB
+DISK_SIZE = 192 * MIB
 PARTITION = 1 * MIB  # where the file system begins
 PARTITION_SIZE = DISK_SIZE - PARTITION
 CLUSTER = 65536
@@ -53,6 +53,12 @@ class Partition:
 
     def write(self, offset: int, data: bytes) -> None:
         self.image.write(PARTITION + offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        self.image.write_zeroes(PARTITION + offset, length, unmap=True)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.image.discard(PARTITION + offset, length)
 
 
 def main() -> int:
@@ -99,15 +105,13 @@ def make_overlays(files: content.Files) -> None:
     step("Two overlays; each is changed by rewriting blocks of the file system inside it")
     run("byre", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "update.qcow2")
     with byre.open("update.qcow2", read_only=False) as image:
-        written, removed, freed = content.update(Ext2(Partition(image)))
-        for offset, length in freed:
-            image.write_zeroes(PARTITION + offset, length, unmap=True)
+        partition = Partition(image)
+        written, removed = content.update(Ext2(partition), partition.zero)
         follow(files, "update.qcow2", written, removed)
     run("byre", "create", "-q", "-f", "qcow2", "-b", "update.qcow2", "-F", "qcow2", "today.qcow2")
     with byre.open("today.qcow2", read_only=False) as image:
-        written, removed, freed = content.today(Ext2(Partition(image)), files[content.DATABASE])
-        for offset, length in freed:
-            image.discard(PARTITION + offset, length)
+        partition = Partition(image)
+        written, removed = content.today(Ext2(partition), files[content.DATABASE], partition.discard)
         follow(files, "today.qcow2", written, removed)
 
 
