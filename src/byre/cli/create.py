@@ -34,33 +34,9 @@ Make an empty image. SIZE may be left out with a backing file.
 
 {common.option_help(_TABLE)}"""
 
-# What "Formatting ..." shows, in the peer's order; options without a value here are shown when given.
-_SHOWN: Final = (
-    ("encryption", ""),
-    ("encrypt.format", ""),
-    ("encrypt.key-secret", ""),
-    ("encrypt.cipher-alg", ""),
-    ("encrypt.cipher-mode", ""),
-    ("encrypt.ivgen-alg", ""),
-    ("encrypt.ivgen-hash-alg", ""),
-    ("encrypt.hash-alg", ""),
-    ("encrypt.iter-time", ""),
-    ("cluster_size", "65536"),
-    ("extended_l2", "off"),
-    ("preallocation", ""),
-    ("compression_type", "zlib"),
-    ("size", ""),
-    ("compat", ""),
-    ("backing_file", ""),
-    ("backing_fmt", ""),
-    ("data_file", ""),
-    ("data_file_raw", ""),
-    ("lazy_refcounts", "off"),
-    ("refcount_bits", "16"),
-    ("nocow", ""),
-    ("extent_size_hint", ""),
-)
-_RAW_SHOWN: Final = (("size", ""), ("nocow", ""), ("preallocation", ""), ("extent_size_hint", ""))
+_RAW_SHOWN: Final = ("size", "nocow", "preallocation", "extent_size_hint")
+"""What "Formatting ..." shows of a format that declares no order of its own."""
+
 _SUFFIXES: Final = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-",
     "and exabytes, respectively.",
@@ -189,13 +165,15 @@ def format_line(
     :param typed: the options as the user wrote them
     """
     parts = [f"Formatting '{printable(filename)}', fmt={format_name}"]
-    for name, default in _RAW_SHOWN if format_name == "raw" else _SHOWN:
+    order = getattr(import_module(driver(format_name).module), "CREATE_PRINT_ORDER", None)
+    for name in order or _RAW_SHOWN:
         if name not in declared:
             continue
+        default = declared[name].default if order else None
         if name in values.given and declared[name].type in ("size", "int"):
             parts.append(f"{name}={values.given[name]}")
         elif name in typed:
             parts.append(f"{name}={printable(typed[name].replace(',', ',,'))}")
-        elif default:
-            parts.append(f"{name}={default}")
+        elif default is not None:
+            parts.append(f"{name}={default if not isinstance(default, bool) else 'on' if default else 'off'}")
     return " ".join(parts) + "\n"

@@ -89,12 +89,37 @@ def _guarded(argv: list[str], prog: str) -> int:
         return EXIT_PIPE
     except MemoryError:
         report("out of memory")
+    except OSError as error:
+        if not _stdout_fails():
+            return _unforeseen(error)
+        report(f"cannot write to standard output: {error.strerror}")
     except Exception as error:
-        if os.environ.get("BYRE_DEBUG", "") not in ("", "0"):
-            raise
-        report(f"internal error, please report: {type(error).__name__}: {error}")
-        return EXIT_INTERNAL
+        return _unforeseen(error)
     return EXIT_FAILED
+
+
+def _unforeseen(error: Exception) -> int:
+    if os.environ.get("BYRE_DEBUG", "") not in ("", "0"):
+        raise error
+    report(f"internal error, please report: {type(error).__name__}: {error}")
+    return EXIT_INTERNAL
+
+
+def _stdout_fails() -> bool:
+    """Whether what was printed cannot be written; it is thrown away then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+        return True
+    return False
+
+
+def _drop_stdout() -> None:
+    """What could not be written must not be tried again."""
+    fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(fd, 1)
+    os.close(fd)
 
 
 def _flushed(code: int) -> int:
@@ -107,8 +132,7 @@ def _flushed(code: int) -> int:
     except OSError as error:
         report(f"cannot write to standard output: {error.strerror}")
         code = code or EXIT_FAILED
-    # What could not be written must not be tried again when the interpreter ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _drop_stdout()
     return code
 
 
