@@ -131,6 +131,8 @@ class AlignedAccess:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``, any alignment."""
         length = len(buffer)
+        if length == 0:
+            return
         if (offset | length) % self.alignment == 0 and self._memory_fits((buffer,)):
             self._read(offset, buffer)
             return

@@ -192,10 +192,10 @@ def probe_direct(descriptor: Descriptor, where: str) -> DirectLimits:
 
 
 def _try_memory(fd: int, offset: int, alignment: int) -> DirectLimits:
-    memory = aligned_buffer(2 * _DIRECT_ALIGNMENT)
-    for memory_alignment in (16, 512):
-        if _readable(fd, offset, memory[memory_alignment : memory_alignment + alignment]):
-            return DirectLimits(alignment, memory_alignment)
+    """512 where a request from such an address works even across a page. Less may work for some pages only."""
+    memory = aligned_buffer(3 * _DIRECT_ALIGNMENT)
+    if _readable(fd, offset, memory[512 : 512 + _DIRECT_ALIGNMENT]):
+        return DirectLimits(alignment, 512)
     return DirectLimits(alignment, _DIRECT_ALIGNMENT)
 
 

@@ -158,11 +158,8 @@ class FileNode(Node):
                 self._changed_otherwise()
 
     def _check_device_size(self, size: int, exact: bool) -> None:
-        have = self.size
-        if size > have:
-            raise InvalidArgument(f"cannot grow a device: it has {have} bytes, {size} are needed", where=self._where)
-        if exact and size != have:
-            raise InvalidArgument(f"cannot resize a device: it has {have} bytes", where=self._where)
+        if size > self.size or (exact and size != self.size):
+            raise InvalidArgument(f"cannot resize a device: it has {self.size} bytes, not {size}", where=self._where)
 
     def _changed_otherwise(self) -> None:
         with self._lock:

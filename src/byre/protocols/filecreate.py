@@ -79,8 +79,7 @@ def _open_or_make(path: str, where: str) -> tuple[descriptor.Descriptor, bool]:
 
 def _set_up(fd: int, path: str, where: str, size: int, mode: str, nocow: bool, hint: int | None) -> None:
     check_preallocation(mode, 0, size, where)
-    # Released when the file is closed.
-    FileLocks("auto", path).change(fd, PERM_WRITE | PERM_RESIZE, PERM_RESIZE)
+    _lock(fd, path)
     try:
         os.ftruncate(fd, 0)
         if nocow:
@@ -89,6 +88,11 @@ def _set_up(fd: int, path: str, where: str, size: int, mode: str, nocow: bool, h
         set_length(fd, 0, size, mode)
     except OSError as error:
         raise from_oserror(error, f"cannot make it {size} bytes long", where) from None
+
+
+def _lock(fd: int, path: str) -> None:
+    """Held until the file is closed. Emptying a file suits nobody who writes it, so writing is not shared either."""
+    FileLocks("auto", path).change(fd, PERM_WRITE | PERM_RESIZE, PERM_WRITE | PERM_RESIZE)
 
 
 def _set_nocow(fd: int) -> None:
@@ -113,7 +117,7 @@ def _clear_device(opened: descriptor.Descriptor, size: int, where: str) -> None:
     have = descriptor.file_size(opened.fd, True, where)
     if size > have:
         raise InvalidArgument(f"the device has {have} bytes, {size} are needed", where=where)
-    FileLocks("auto", where).change(opened.fd, PERM_WRITE | PERM_RESIZE, PERM_RESIZE)
+    _lock(opened.fd, where)
     try:
         os.pwrite(opened.fd, bytes(SECTOR), 0)  # an old image must not be found there
         os.fsync(opened.fd)

@@ -15,7 +15,7 @@ import struct
 from typing import Final
 
 from ..errors import Busy, NotSupported, from_oserror, printable
-from ..graph.node import PERM_ALL, PERM_NAMES
+from ..graph.node import PERM_NAMES
 
 __all__ = ["FileLocks"]
 
@@ -79,15 +79,13 @@ class FileLocks:
         self._restore(fd, used, unshared)
 
     def copy_to(self, fd: int) -> None:
-        """Take the locks held now on another open description of the same file, without asking anyone."""
+        """Hold what is held now, and nothing else, on another open description of the file; asks nobody."""
         if not self.enabled:
             return
         try:
             for bit, index, _ in _BITS:
-                if self.used & bit:
-                    self._take(fd, _USED_BASE + index)
-                if self.unshared & bit:
-                    self._take(fd, _UNSHARED_BASE + index)
+                self._set(fd, _USED_BASE + index, bool(self.used & bit))
+                self._set(fd, _UNSHARED_BASE + index, bool(self.unshared & bit))
         except OSError as error:
             raise from_oserror(error, "cannot lock the image", printable(self._filename)) from None
 
@@ -105,10 +103,10 @@ class FileLocks:
         name = printable(self._filename)
         return Busy(message, where=name, hint=f"Is another process using the image [{name}]?")
 
-    def _take(self, fd: int, byte: int) -> None:
+    def _set(self, fd: int, byte: int, held: bool) -> None:
         assert _SETLK is not None
         try:
-            _operate(fd, _SETLK, fcntl.F_RDLCK, byte)
+            _operate(fd, _SETLK, fcntl.F_RDLCK if held else fcntl.F_UNLCK, byte)
         except OSError as error:
             if error.errno in _TAKEN:
                 raise self._busy(f"failed to lock byte {byte}") from None
@@ -117,10 +115,10 @@ class FileLocks:
     def _lock(self, fd: int, used: int, unshared: int) -> None:
         for bit, index, _ in _BITS:
             if used & bit:
-                self._take(fd, _USED_BASE + index)
+                self._set(fd, _USED_BASE + index, True)
                 self.used |= bit
             if unshared & bit:
-                self._take(fd, _UNSHARED_BASE + index)
+                self._set(fd, _UNSHARED_BASE + index, True)
                 self.unshared |= bit
 
     def _test(self, fd: int, used: int, unshared: int) -> None:
@@ -134,14 +132,13 @@ class FileLocks:
 
     def _restore(self, fd: int, used: int, unshared: int) -> None:
         """Unlock all that is held beyond ``used`` and ``unshared``."""
-        assert _SETLK is not None
-        for bit, index, _ in _BITS:
-            try:
+        try:
+            for bit, index, _ in _BITS:
                 if self.used & bit & ~used:
-                    _operate(fd, _SETLK, fcntl.F_UNLCK, _USED_BASE + index)
+                    self._set(fd, _USED_BASE + index, False)
                 if self.unshared & bit & ~unshared:
-                    _operate(fd, _SETLK, fcntl.F_UNLCK, _UNSHARED_BASE + index)
-            except OSError:  # unlocking fails only where locking does; closing the file drops the lock anyway
-                pass
-        self.used &= used | ~PERM_ALL
-        self.unshared &= unshared | ~PERM_ALL
+                    self._set(fd, _UNSHARED_BASE + index, False)
+        except OSError:  # unlocking fails only where locking does; closing the file drops the locks anyway
+            pass
+        self.used &= used
+        self.unshared &= unshared
