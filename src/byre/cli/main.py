@@ -90,8 +90,9 @@ def _guarded(argv: list[str], prog: str) -> int:
     except MemoryError:
         report("out of memory")
     except OSError as error:
-        if not _stdout_fails():
+        if not _from_printing(error):
             return _unforeseen(error)
+        _drop_stdout()
         report(f"cannot write to standard output: {error.strerror}")
     except Exception as error:
         return _unforeseen(error)
@@ -105,14 +106,12 @@ def _unforeseen(error: Exception) -> int:
     return EXIT_INTERNAL
 
 
-def _stdout_fails() -> bool:
-    """Whether what was printed cannot be written; it is thrown away then."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _drop_stdout()
-        return True
-    return False
+def _from_printing(error: OSError) -> bool:
+    """Whether ``error`` came from writing to stdout: only modules of this folder do that, and they touch no files."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and os.path.dirname(trace.tb_frame.f_code.co_filename) == os.path.dirname(__file__)
 
 
 def _drop_stdout() -> None:
