@@ -76,32 +76,36 @@ class CopySettings(NamedTuple):
 class SourceDisk:
     """Images one behind the other as one read-only disk; each is padded with zeroes to a whole sector.
 
+    :param skip: the disk begins this many bytes into the first image
+    :param size: and is this long
     :ivar size: bytes
     :ivar starts: where each image begins
     """
 
-    def __init__(self, images: Sequence[Image]) -> None:
+    def __init__(self, images: Sequence[Image], *, skip: int = 0, size: int | None = None) -> None:
         self.images = tuple(images)
         self.starts: list[int] = []
-        self.size = 0
+        end = 0
         for image in images:
-            self.starts.append(self.size)
-            self.size += align_up(image.size, SECTOR)
+            self.starts.append(end - skip)
+            end += align_up(image.size, SECTOR)
+        self._stops = [*self.starts[1:], end - skip]
+        self.size = end - skip if size is None else size
 
     def parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """``(image index, offset in that image, length)`` that make up the range."""
-        end = offset + length
-        for index, start in enumerate(self.starts):
-            stop = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
-            first, last = max(offset, start), min(end, stop)
+        for index, (start, stop) in enumerate(zip(self.starts, self._stops, strict=True)):
+            first, last = max(offset, start), min(offset + length, stop)
             if first < last:
                 yield index, first - start, last - first
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``."""
-        if len(self.images) == 1 and offset + len(buffer) <= self.images[0].size:
-            self.images[0].read_into(offset, buffer)
-            return
+        if len(self.images) == 1:
+            start = offset - self.starts[0]
+            if start + len(buffer) <= self.images[0].size:
+                self.images[0].read_into(start, buffer)
+                return
         position = 0
         for index, start, length in self.parts(offset, len(buffer)):
             image = self.images[index]
@@ -247,6 +251,8 @@ class BlockCopy:
 
             if not isinstance(node, HasCompression):
                 raise NotSupported("compression is not supported for this file format", where=target.filename)
+            if settings.level and hasattr(node, "compression_level"):
+                node.compression_level = settings.level
             self._compress = node.compress
 
     # -- tasks ------------------------------------------------------------------------------------

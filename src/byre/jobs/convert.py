@@ -16,6 +16,7 @@ from ..graph.opening import has_protocol, resolve_backing
 from ..io.extent import COMPRESSED, DATA, UNALLOCATED
 from ..io.extent import ZERO as KIND_ZERO
 from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk
+from .holes import split_at_holes
 from .job import Job
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def _part(disk: SourceDisk, layout: Layout, index: int, offset: int, length: int
         if layout.over_backing:
             starts, actions = _top_layer(image.node, offset, inside)
         else:
-            found = image.extents(offset, inside)
-            starts, actions = found.offset, np.where(found.reads_zero(), ZERO, COPY).astype(np.uint8)
+            found, in_hole = split_at_holes(image.node, image.extents(offset, inside))
+            starts, actions = found.offset, np.where(found.reads_zero() | in_hole, ZERO, COPY).astype(np.uint8)
     except ByreError:
         if not salvage:
             raise
@@ -164,10 +165,10 @@ def _top_layer(top: Node, offset: int, length: int) -> tuple[NDArray[np.int64], 
 
     layers = chain.layers(top)
     below = layers[1] if len(layers) > 1 else None
-    found = chain.extents(top, offset, length, base=below)
+    found, in_hole = split_at_holes(top, chain.extents(top, offset, length, base=below))
     table = np.full(4, COPY, np.uint8)
     table[[DATA, KIND_ZERO, UNALLOCATED, COMPRESSED]] = (COPY, ZERO, _SKIP if below else ZERO, COPY)
-    starts, actions = found.offset, table[found.kind]
+    starts, actions = found.offset, np.where(in_hole, np.uint8(ZERO), table[found.kind])
     if below is not None:
         starts, actions = _cut(starts, actions, below.size, offset + length)
         actions[(actions == _SKIP) & (starts >= below.size)] = ZERO
