@@ -15,6 +15,7 @@ from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, Limits, Node, Stats
 from ..io.buffers import is_zero
 from ..io.extent import DATA, MAY_UNMAP, Extent
 from ..options import Option, OptionSet
+from ..units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +89,10 @@ class RawNode(Node):
 
     @property
     def size(self) -> int:
-        return self._file.size - self.base if self._slice is None else self._slice
+        if self._slice is not None:
+            return self._slice
+        # A disk consists of sectors; what the last one lacks in the file reads as zeroes.
+        return align_up(self._file.size - self.base, SECTOR)
 
     # -- requests ---------------------------------------------------------------------------------
 
