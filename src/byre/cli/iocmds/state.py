@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from ...catalog import driver
 from ...errors import InvalidArgument
 from ...graph import chain
 from ...image import CACHE_MODES
@@ -37,7 +38,7 @@ def info(shell: Shell, _arguments: list[str]) -> None:
 
     node = shell.opened.node
     shell.say(f"format name: {node.driver}\n")
-    if node.kind == "protocol":
+    if driver(node.driver).prefix:  # such a driver has a second name, the one before the colon
         shell.say(f"format name: {node.driver}\n")
     described = chain.skip_filters(node)
     sizes = unit_sizes(described)
