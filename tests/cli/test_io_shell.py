@@ -46,8 +46,14 @@ def commands(*lines: str) -> list[str]:
 
 
 def piped(text: str, *arguments: object, timeout: float = 30) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", _ENTRY, *map(str, arguments)], input=text, text=True, capture_output=True,
-                          timeout=timeout, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", _ENTRY, *map(str, arguments)],
+        input=text,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 # -- lines ----------------------------------------------------------------------------------------
@@ -68,8 +74,9 @@ def test_end_of_input_without_a_line_end(disk: Path) -> None:
 
 
 def test_a_line_may_be_long_and_hold_any_byte(disk: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", _ENTRY], input=b"\xff\x1b[31m " + b"x" * 5000 + b"\n", capture_output=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _ENTRY], input=b"\xff\x1b[31m " + b"x" * 5000 + b"\n", capture_output=True, check=False
+    )
     assert done.returncode == 1
     assert b"\x1b" not in done.stderr
     assert b"not found" in done.stderr
@@ -120,17 +127,37 @@ def test_byre_io_says_why(io, disk: Path) -> None:  # type: ignore[no-untyped-de
 
 
 def test_open_and_close(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
-    done = io(*commands(f"open -o driver=raw {disk}", "write -P 5 0 1k", "close", "length", f"open -r -o driver=raw {disk}",
-                        "read -P 5 0 1k", "write 0 512", f"open {disk}"))  # fmt: skip
+    done = io(
+        *commands(
+            f"open -o driver=raw {disk}",
+            "write -P 5 0 1k",
+            "close",
+            "length",
+            f"open -r -o driver=raw {disk}",
+            "read -P 5 0 1k",
+            "write 0 512",
+            f"open {disk}",
+        )
+    )
     assert done.code == 1
     assert done.out.count("ops;") == 2
-    assert done.err.splitlines() == ["no file open, try 'help open'", "qemu-io: Block node is read-only",
-                                     "qemu-io: file open already, try 'help close'"]  # fmt: skip
+    assert done.err.splitlines() == [
+        "no file open, try 'help open'",
+        "qemu-io: Block node is read-only",
+        "qemu-io: file open already, try 'help close'",
+    ]
 
 
 def test_open_with_options_for_the_file_below(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
-    done = io(*commands(f"open -o driver=raw,file.align=4k blkdebug::{disk}", "write -P 9 512 512", "read -P 9 512 512",
-                        "read -P 0 0 512", "read -P 0 1k 3k"))  # fmt: skip
+    done = io(
+        *commands(
+            f"open -o driver=raw,file.align=4k blkdebug::{disk}",
+            "write -P 9 512 512",
+            "read -P 9 512 512",
+            "read -P 0 0 512",
+            "read -P 0 1k 3k",
+        )
+    )
     assert (done.code, done.err) == (0, "")
 
 
@@ -144,8 +171,11 @@ def test_image_options(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_memory_devices(io) -> None:  # type: ignore[no-untyped-def]
-    done = io("--image-opts", *commands("write -P 4 1k 1k", "read -P 4 1k 1k", "read -P 0 0 1k"),
-              "driver=raw,file.driver=memory,file.size=1M")  # fmt: skip
+    done = io(
+        "--image-opts",
+        *commands("write -P 4 1k 1k", "read -P 4 1k 1k", "read -P 0 0 1k"),
+        "driver=raw,file.driver=memory,file.size=1M",
+    )
     assert done.code == 0
     assert io("--image-opts", "-c", "length", "driver=raw,file.driver=null-co,file.size=3G").out == "3 GiB\n"
 
@@ -172,9 +202,12 @@ def test_writes_from_a_file(io, disk: Path, tmp_path: Path) -> None:  # type: ig
 
 def test_a_held_request_does_not_hold_the_shell(disk: Path) -> None:
     done = piped(
-        "break pwritev A\naio_write -P 1 0 1k\nwait_break A\nlength\nread -P 0 64k 1k\nresume A\naio_flush\nread -P 1 0 1k\n",
-        "-f", "raw", f"blkdebug::{disk}",
-    )  # fmt: skip
+        "break pwritev A\naio_write -P 1 0 1k\nwait_break A\nlength\nread -P 0 64k 1k\nresume A\n"
+        "aio_flush\nread -P 1 0 1k\n",
+        "-f",
+        "raw",
+        f"blkdebug::{disk}",
+    )
     assert done.returncode == 0, done.stderr
     out = re.sub(r"(\d+ ops;) .*", r"\1", done.stdout).replace("qemu-io> ", "")
     assert out == (
@@ -185,9 +218,23 @@ def test_a_held_request_does_not_hold_the_shell(disk: Path) -> None:
 
 
 def test_several_held_requests_are_told_apart(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
-    done = io("-f", "raw", *commands("break pwritev A", "aio_write -P 1 0 1k", "break pwritev B", "aio_write -P 2 2k 1k",
-              "wait_break A", "wait_break B", "resume B", "aio_write -q -P 3 4k 1k", "resume A", "aio_flush"),
-              f"blkdebug::{disk}")  # fmt: skip
+    done = io(
+        "-f",
+        "raw",
+        *commands(
+            "break pwritev A",
+            "aio_write -P 1 0 1k",
+            "break pwritev B",
+            "aio_write -P 2 2k 1k",
+            "wait_break A",
+            "wait_break B",
+            "resume B",
+            "aio_write -q -P 3 4k 1k",
+            "resume A",
+            "aio_flush",
+        ),
+        f"blkdebug::{disk}",
+    )
     assert done.code == 0
     assert [line.split()[-1] for line in done.out.splitlines() if "offset" in line] == ["2048", "0"]
     data = disk.read_bytes()
@@ -196,8 +243,12 @@ def test_several_held_requests_are_told_apart(io, disk: Path) -> None:  # type: 
 
 def test_waiting_for_a_held_request_ends_with_an_error(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
     started = time.monotonic()
-    done = io("-f", "raw", *commands("break pwritev A", "aio_write 0 1k", "aio_flush", "break pwritev B", "write 2k 1k",
-              "wait_break C"), f"blkdebug::{disk}")  # fmt: skip
+    done = io(
+        "-f",
+        "raw",
+        *commands("break pwritev A", "aio_write 0 1k", "aio_flush", "break pwritev B", "write 2k 1k", "wait_break C"),
+        f"blkdebug::{disk}",
+    )
     assert time.monotonic() - started < 20
     assert done.code == 1
     assert "held at a breakpoint; use resume first" in done.err
@@ -208,19 +259,40 @@ def test_waiting_for_a_held_request_ends_with_an_error(io, disk: Path) -> None: 
 
 
 def test_remove_break_lets_go(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
-    done = io("-f", "raw", *commands("break pwritev A", "aio_write 0 1k", "remove_break A", "aio_flush", "remove_break A",
-              "resume A", "break nonsense A"), f"blkdebug::{disk}")  # fmt: skip
+    done = io(
+        "-f",
+        "raw",
+        *commands(
+            "break pwritev A",
+            "aio_write 0 1k",
+            "remove_break A",
+            "aio_flush",
+            "remove_break A",
+            "resume A",
+            "break nonsense A",
+        ),
+        f"blkdebug::{disk}",
+    )
     lines = done.out.splitlines()
-    assert lines[:3] == ["blkdebug: Suspended request 'A'", "blkdebug: Resuming request 'A'",
-                         "wrote 1024/1024 bytes at offset 0"]  # fmt: skip
-    assert [line.partition(":")[0] for line in lines[-3:]] == ["Could not remove breakpoint A", "Could not resume request",
-                                                              "Could not set breakpoint"]  # fmt: skip
+    assert lines[:3] == [
+        "blkdebug: Suspended request 'A'",
+        "blkdebug: Resuming request 'A'",
+        "wrote 1024/1024 bytes at offset 0",
+    ]
+    assert [line.partition(":")[0] for line in lines[-3:]] == [
+        "Could not remove breakpoint A",
+        "Could not resume request",
+        "Could not set breakpoint",
+    ]
 
 
 def test_requests_run_at_the_same_time(io) -> None:  # type: ignore[no-untyped-def]
     started = time.monotonic()
-    done = io("--image-opts", *commands(*["aio_read 0 4k"] * 8, "aio_flush"),
-              "driver=raw,file.driver=null-co,file.size=1M,file.latency-ns=500000000")  # fmt: skip
+    done = io(
+        "--image-opts",
+        *commands(*["aio_read 0 4k"] * 8, "aio_flush"),
+        "driver=raw,file.driver=null-co,file.size=1M,file.latency-ns=500000000",
+    )
     assert done.out.count("ops;") == 8
     assert time.monotonic() - started < 2
 
@@ -232,8 +304,11 @@ def test_requests_keep_their_order(io, disk: Path) -> None:  # type: ignore[no-u
 
 def test_failures_of_requests_beside_the_shell(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
     config = "inject-error.0.event=write_aio,inject-error.0.errno=28,inject-error.0.iotype=write"
-    done = io("--image-opts", *commands("aio_write 0 1k", "aio_flush", "aio_read -P 1 0 1k", "aio_flush", "write 0 1k"),
-              f"driver=raw,file.driver=blkdebug,file.{config.replace(',', ',file.')},file.image.filename={disk}")  # fmt: skip
+    done = io(
+        "--image-opts",
+        *commands("aio_write 0 1k", "aio_flush", "aio_read -P 1 0 1k", "aio_flush", "write 0 1k"),
+        f"driver=raw,file.driver=blkdebug,file.{config.replace(',', ',file.')},file.image.filename={disk}",
+    )
     assert done.out.startswith(
         "aio_write failed: No space left on device\nPattern verification failed at offset 0, 1024 bytes\n"
     )

@@ -20,9 +20,24 @@ from byre.cli.iocmds.text import (
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0", 0), ("1k", 1024), ("1K", 1024), ("1.5k", 1536), ("0x10", 16), ("0x1e", 30), ("010", 10), ("1b", 1), ("7E", 7 << 60),
-     (" 5", 5), ("+5", 5), ("1.", 1), ("1.0", 1), ("0.25M", 262144), ("9223372036854775807", (1 << 63) - 1)],
-)  # fmt: skip
+    [
+        ("0", 0),
+        ("1k", 1024),
+        ("1K", 1024),
+        ("1.5k", 1536),
+        ("0x10", 16),
+        ("0x1e", 30),
+        ("010", 10),
+        ("1b", 1),
+        ("7E", 7 << 60),
+        (" 5", 5),
+        ("+5", 5),
+        ("1.", 1),
+        ("1.0", 1),
+        ("0.25M", 262144),
+        ("9223372036854775807", (1 << 63) - 1),
+    ],
+)
 def test_numbers(text: str, value: int) -> None:
     assert parse_number(text) == value
 
@@ -57,9 +72,18 @@ def test_patterns_are_one_byte() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 bytes"), (512, "512 bytes"), (1024, "1 KiB"), (1536, "1.500 KiB"), (65536, "64 KiB"), (1 << 60, "1 EiB"),
-     (54.658886, "54.658886 bytes"), ((1 << 20) + 1, "1 MiB"), (float("inf"), "inf EiB")],
-)  # fmt: skip
+    [
+        (0, "0 bytes"),
+        (512, "512 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.500 KiB"),
+        (65536, "64 KiB"),
+        (1 << 60, "1 EiB"),
+        (54.658886, "54.658886 bytes"),
+        ((1 << 20) + 1, "1 MiB"),
+        (float("inf"), "inf EiB"),
+    ],
+)
 def test_sizes(value: float, text: str) -> None:
     assert size_text(value) == text
 
@@ -90,8 +114,11 @@ def test_options_are_taken_in_any_place(capsys: pytest.CaptureFixture[str]) -> N
     given = scan("read", ["0", "-qP", "7", "512", "-l5"], "qP:l:", {"P": parse_pattern, "l": parse_number})
     assert (given.rest, given.number("P"), given.number("l"), "q" in given) == (["0", "512"], 7, 5, True)
     assert scan("read", ["--", "-q", "-"], "q").rest == ["-q", "-"]
-    for bad, complaint in ((["-x"], "read: invalid option -- 'x'"), (["-:"], "read: invalid option -- ':'"),
-                           (["-P"], "read: option requires an argument -- 'P'")):  # fmt: skip
+    for bad, complaint in (
+        (["-x"], "read: invalid option -- 'x'"),
+        (["-:"], "read: invalid option -- ':'"),
+        (["-P"], "read: option requires an argument -- 'P'"),
+    ):
         with pytest.raises(UsageError):
             scan("read", bad, "qP:")
         assert capsys.readouterr().err.strip() == complaint
