@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .check_findings import Findings
-    from .check_reader import Keys, Subject
+    from .check_reader import Keys
     from .check_tables import Walk
 
     Counts = NDArray[Any]
@@ -126,16 +126,21 @@ class Window:
         if self.keys is not None:
             begin, stop = np.searchsorted(self.keys, (first, end)).tolist()
             keys: Keys = self.keys[begin:stop]
-            return keys[self.counters[begin:stop] != 0]
-        return np.flatnonzero(self.counters[first - self.low : max(first, end) - self.low]) + first
+            keys = keys[self.counters[begin:stop] != 0]
+        else:
+            keys = np.flatnonzero(self.counters[first - self.low : max(first, end) - self.low]) + first
+        return keys
 
 
 class _Spread:
-    """A tally of how references spread over ``[low, high)``: their number in each of ``BINS`` parts."""
+    """A tally of how references spread over ``[low, high)``: their number in each of up to ``BINS`` parts.
 
-    def __init__(self, low: int, high: int) -> None:
-        self.low, self.high = low, high
-        self.shift = max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
+    :param least: log2 of the smallest part; windows then hold whole refcount blocks
+    """
+
+    def __init__(self, low: int, high: int, least: int) -> None:
+        self.low, self.high, self.least = low, high, least
+        self.shift = max(least, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
         self.bins = np.zeros(BINS, np.int64)
 
     def covers(self, lowest: int, highest: int) -> bool:
@@ -194,7 +199,7 @@ def each_window(walk: Walk, width: int, findings: Findings) -> Iterator[Window]:
         walk.run(window, findings)
         yield window
         return
-    spread = _Spread(0, count)
+    spread = _Spread(0, count, walk.subject.block_bits)
     walk.run(spread, findings)
     yield from _windows(walk, spread, width)
 
@@ -212,7 +217,7 @@ def _windows(walk: Walk, spread: _Spread, width: int) -> Iterator[Window]:
             # Too much for a sparse window and too long for a dense one: look closer.
             end = first + 1
             low, high = _bounds(spread, first, end)
-            closer = _Spread(low, high)
+            closer = _Spread(low, high, spread.least)
             walk.run(closer, _nothing())
             yield from _windows(walk, closer, width)
         else:

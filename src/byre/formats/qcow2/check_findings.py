@@ -19,6 +19,7 @@ class Findings:
     """Counts as ``qemu-img check`` names them. Messages beyond ``MESSAGE_LIMIT`` are counted, not kept.
 
     :ivar rebuild: the refcount structures cannot be mended in place
+    :ivar outside: a refcount block lies past the end of the file
     :ivar suspect: a COPIED flag may disagree with its reference count
     :ivar misaligned: (L2 table offset, entry index, entry) of preallocated clusters that are not aligned
     """
@@ -28,7 +29,7 @@ class Findings:
         self.corruptions_fixed = self.leaks_fixed = 0
         self.total = self.allocated = self.fragmented = self.compressed = 0
         self.image_end = 0
-        self.rebuild = self.suspect = False
+        self.rebuild = self.outside = self.suspect = False
         self.misaligned: list[tuple[int, int, int]] = []
         self.messages: list[str] = []
         self.left_out = 0

@@ -144,7 +144,7 @@ class Subject:
         """Fill ``data``, which must be zeroed where the file may end."""
         length = min(len(data), self.file_length - offset)
         if length > 0:
-            self.file.read_into(offset, memoryview(data)[:length])
+            self.file.read_into(offset, data.data[:length])
 
     def words(self, start: int, end: int) -> Iterator[Words]:
         """The 64-bit entries of ``[start, end)`` in host order, in pieces; pieces of zeroes may be left out."""
@@ -220,7 +220,7 @@ class Subject:
             offset = self.block_offset(index)
             if offset > 0:
                 self.read_into(offset, data[row << self.cluster_bits : (row + 1) << self.cluster_bits])
-        return unpack_refcounts(memoryview(data), self.order)
+        return unpack_refcounts(data.data, self.order)
 
     def gather(self, keys: Keys) -> tuple[Words, NDArray[np.bool_]]:
         """(refcounts on disk of the clusters ``keys``, which of them could not be looked up)."""
@@ -246,7 +246,12 @@ class Subject:
             return picked
         per_byte = 3 - self.order
         shift = (index & ((1 << per_byte) - 1)) << self.order
-        return (block[index >> per_byte].astype(np.uint64) >> shift.astype(np.uint64)) & np.uint64(self.refcount_max)
+        small: Words = block[index >> per_byte].astype(np.uint64) >> shift.astype(np.uint64)
+        return small & np.uint64(self.refcount_max)
+
+    def pick_all(self, offset: int) -> NDArray[Any]:
+        """All entries of the refcount block at ``offset``."""
+        return unpack_refcounts(self._block(offset).data, self.order)
 
     def _block(self, offset: int) -> NDArray[np.uint8]:
         block = self._cache.get(offset)

@@ -113,7 +113,7 @@ class SnapshotTable:
     def _bytes(self, position: int, length: int) -> memoryview:
         at = position - self._chunk_at
         if at < 0 or at + length > len(self._chunk):
-            self._chunk = memoryview(self.subject.read(position, max(length, _CHUNK)))
+            self._chunk = self.subject.read(position, max(length, _CHUNK)).data
             self._chunk_at, at = position, 0
         return self._chunk[at : at + length]
 
@@ -137,8 +137,9 @@ class SnapshotTable:
         fields = _FIXED.unpack_from(head)
         extra = bytes(head[_FIXED.size :])
         text = bytes(self._bytes(row.position + _FIXED.size + row.extra_size, row.id_size + row.name_size))
-        words = [part.decode("utf-8", "surrogateescape") for part in (text[: row.id_size], text[row.id_size :])]
-        return layout.Snapshot(row.l1_offset, row.l1_size, *fields[4:8], extra, *words)
+        identity = text[: row.id_size].decode("utf-8", "surrogateescape")
+        name = text[row.id_size :].decode("utf-8", "surrogateescape")
+        return layout.Snapshot(row.l1_offset, row.l1_size, *fields[4:8], extra, identity, name)
 
     def corrected(self) -> bytes:
         """The table to write: extra data cut or completed, entries given up left out."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from ...errors import ImageError
 from . import entries, layout
-from .check_l2 import L2Scan
 from .check_findings import beyond_end
+from .check_l2 import L2Scan
 from .check_reader import MARK_COPIED, MARK_NONE, MARK_PLAIN, Segment, Subject, segments
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class L2Group:
             yield self.offsets[first:end], int(self.active[first]), int(self.total[first])
 
 
-def l2_groups(subject: Subject, parts: Iterator[tuple[Keys, int, int]]) -> Iterator[L2Group]:
+def l2_groups(parts: Iterator[tuple[Keys, int, int]]) -> Iterator[L2Group]:
     """Groups of the tables at ``parts`` (offsets, active, total), at most about ``GROUP`` each."""
     pending: list[tuple[Keys, int, int]] = []
     count = 0
@@ -163,7 +163,7 @@ class Walk:
         record = self._spans is None
         spans: list[tuple[int, int]] = [] if self._spans is None else self._spans
         number = 0
-        for group in l2_groups(self.subject, parts):
+        for group in l2_groups(parts):
             for offsets, active, total in group.runs():
                 offsets = self._limit_unaligned(offsets, findings)
                 for batch in scan.batches(offsets):
@@ -179,7 +179,8 @@ class Walk:
         if np.count_nonzero(unaligned) <= UNALIGNED_LIMIT:
             return offsets
         findings.say(f"ERROR more than {UNALIGNED_LIMIT} L2 tables are not cluster aligned; the others are not read")
-        return offsets[~unaligned | (np.cumsum(unaligned) <= UNALIGNED_LIMIT)]
+        kept: Keys = offsets[~unaligned | (np.cumsum(unaligned) <= UNALIGNED_LIMIT)]
+        return kept
 
     def _l1_tables(self, rows: list[Segment], tally: Tally, findings: Findings) -> Iterator[tuple[Keys, int, int]]:
         for row in rows:
@@ -225,7 +226,7 @@ class Walk:
         self._region(pointer.directory_offset, pointer.directory_size, tally, findings)
         data = subject.read(pointer.directory_offset, pointer.directory_size)
         try:
-            directory = layout.decode_bitmap_directory(memoryview(data), pointer.nb_bitmaps, subject.cluster_bits)
+            directory = layout.decode_bitmap_directory(data.data, pointer.nb_bitmaps, subject.cluster_bits)
         except ImageError as error:
             findings.corruptions += 1
             raise findings.abort(f"ERROR failed to read the bitmap directory: {error}") from None
@@ -267,6 +268,7 @@ class Walk:
             findings.say(f"ERROR refcount block {number} is not cluster aligned; refcount table entry corrupted")
         for number in _listed(index, beyond, 1, findings):
             findings.say(f"ERROR refcount block {number} is outside image")
+        findings.outside |= bool(beyond.any())
         if (reserved | unaligned).any():
             findings.rebuild = findings.suspect = True
         good = ~(reserved | unaligned | beyond)

@@ -1,0 +1,181 @@
+"""Consistency check of qcow2 images, and their repair: what ``check`` and ``check -r`` do.
+
+Joins the parts: :mod:`.check_tables` walks every reference an image makes, :mod:`.check_counts` adds them up,
+:mod:`.check_compare` compares the sums with the reference counts, :mod:`.check_copied` the COPIED flags with both,
+:mod:`.repair` mends. Counts, messages and statistics are those of ``qemu-img check``; at most
+``check_findings.MESSAGE_LIMIT`` messages are kept.
+
+Peak memory is about 60 MiB for an image of 1 TiB and stays below 256 MiB for any. Time grows with the tables that
+are allocated, not with the length of the file; a table is read once for each place it lies at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...errors import Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
+from . import repair
+from .check_compare import Comparison
+from .check_copied import check_copied
+from .check_counts import each_window, with_counters
+from .check_findings import Aborted, Findings
+from .check_reader import Subject
+from .check_snapshots import SnapshotTable
+from .check_tables import Walk
+
+if TYPE_CHECKING:
+    from ...jobs.job import Control
+    from ..abilities import CheckResult
+    from .image import Qcow2Node
+
+__all__ = ["check_image", "repair_dirty"]
+
+
+class Analysis(NamedTuple):
+    """One look at the whole image.
+
+    :ivar walk: ``None`` if the check was aborted
+    :ivar width: bytes of the counters it took
+    """
+
+    subject: Subject
+    findings: Findings
+    walk: Walk | None
+    width: int
+
+    @property
+    def bad_snapshots(self) -> bool:
+        """Whether the snapshot table must be written anew."""
+        return self.walk is not None and bool(self.walk.snapshots.unfit or self.walk.snapshots.dropped)
+
+
+def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> CheckResult:
+    """Check ``node``'s image, and mend it.
+
+    Nobody else may use the node meanwhile. Its tables are written back first, and dropped after a repair. Where the
+    check cannot be finished the result has ``check_errors`` and nothing more is mended.
+
+    :param control: progress in bytes of L2 tables; raises ``Cancelled`` from here
+    :param fix: "" only checks; "leaks" lowers counts of clusters that are not referred to; "all" mends what it can
+    :raises ReadOnly: ``fix`` is given and the node cannot be written
+    :raises IOFailure: writing a repair failed; the image is no worse than before
+    """
+    if fix not in ("", "leaks", "all"):
+        raise InvalidArgument(f"unknown repair {fix!r}: expected 'leaks' or 'all'", where=node.filename)
+    if fix and node.read_only:
+        raise ReadOnly("cannot repair an image that is opened read-only", where=node.filename)
+    if not node.read_only:
+        node.invalidate()
+    if not fix:
+        found = _analyse(node, control)
+        _check_flags(found, control, mend=False)
+        return found.findings.result()
+    try:
+        return _mend(node, control, fix).result()
+    finally:
+        node.invalidate()
+
+
+def repair_dirty(node: Qcow2Node) -> None:
+    """Rebuild the reference counts of an image that was not closed cleanly (lazy refcounts).
+
+    :raises Corrupt: there is damage that could not be mended
+    """
+    result = check_image(node, None, "all")
+    if result.check_errors or result.corruptions:
+        raise Corrupt("the image was not closed cleanly and could not be repaired", where=node.filename,
+                      hint='"byre check" says what is wrong')  # fmt: skip
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+def _analyse(node: Qcow2Node, control: Control | None, *, fix: str = "", mend_snapshots: bool = False,
+             width: int = 0) -> Analysis:  # fmt: skip
+    """Look at everything but COPIED flags; with ``fix``, correct counts in place.
+
+    :param width: bytes of a counter, as an earlier analysis found them; 0 tries
+    """
+
+    def attempt(width: int) -> Analysis:
+        findings = Findings()
+        findings.total = -(-node.header.size >> node.header.cluster_bits)
+        subject = Subject(node.children["file"].node, node.header, node.extensions, node.filename)
+        try:
+            snapshots = SnapshotTable(subject, findings, repair=mend_snapshots)
+            walk = Walk(subject, snapshots, control)
+            comparison = Comparison(subject, findings, walk.refcount_blocks(), fix)
+            for window in each_window(walk, width, findings):
+                comparison.window(window)
+                del window
+            comparison.finish()
+        except Aborted:
+            return Analysis(subject, findings, None, width)
+        except (IOFailure, ImageError) as error:
+            findings.check_errors += 1
+            findings.say(f"ERROR: {error}")
+            return Analysis(subject, findings, None, width)
+        findings.image_end = (comparison.highest + 1) << subject.cluster_bits
+        return Analysis(subject, findings, walk, width)
+
+    if width:
+        return attempt(width)
+    found: Analysis = with_counters(node.header.nb_snapshots, attempt)
+    return found
+
+
+def _check_flags(found: Analysis, control: Control | None, *, mend: bool) -> None:
+    if found.walk is None or not found.findings.suspect:
+        return
+    found.subject.forget()
+    try:
+        check_copied(found.walk, found.findings, control, mend=mend)
+    except Aborted:
+        pass
+
+
+# -- mending --------------------------------------------------------------------------------------
+
+
+def _mend(node: Qcow2Node, control: Control | None, fix: str) -> Findings:
+    everything = fix == "all"
+    found = _analyse(node, control, mend_snapshots=everything)
+    if found.walk is None:
+        return found.findings
+    zeroed = 0
+    if everything and found.findings.misaligned:
+        zeroed = repair.zero_misaligned(found.walk, found.findings)
+        found = _analyse(node, control, mend_snapshots=True)
+    before = found.findings
+    if found.walk is None:
+        return before
+    if everything and (before.rebuild or before.outside or found.bad_snapshots):
+        found = _rebuilt(node, control, found)
+    elif before.rebuild:
+        before.abort("ERROR need to rebuild refcount structures")
+        return before
+    elif before.leaks or before.corruptions:
+        found = _analyse(node, control, fix=fix, width=found.width)
+    findings = found.findings
+    findings.corruptions_fixed += zeroed
+    # Without "all", flags are set right only where the counts are certain.
+    certain = not (findings.check_errors or findings.corruptions or findings.leaks)
+    _check_flags(found, control, mend=everything or certain)
+    if not findings.check_errors and not findings.corruptions:
+        repair.mark_clean(node)
+    return findings
+
+
+def _rebuilt(node: Qcow2Node, control: Control | None, found: Analysis) -> Analysis:
+    """Write refcount structures (and the snapshot table, if it is bad) anew, and look again."""
+    before = found.findings
+    assert found.walk is not None
+    before.say("Rebuilding refcount structure")
+    node.header = repair.rebuild(found.walk, control, found.width, bad_snapshots=found.bad_snapshots)
+    after = _analyse(node, control, width=found.width)
+    findings = after.findings
+    findings.corruptions_fixed += max(0, before.corruptions - findings.corruptions)
+    findings.leaks_fixed += max(0, before.leaks - findings.leaks)
+    findings.messages = before.messages + findings.messages
+    findings.left_out += before.left_out
+    return after
