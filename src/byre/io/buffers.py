@@ -16,9 +16,10 @@ __all__ = ["address_of", "aligned_buffer", "is_zero", "zero_fill", "zero_runs", 
 
 _ZERO_SIZE: Final = 1 << 20
 _ZEROES: Final = memoryview(bytes(_ZERO_SIZE))
-# Never written. A bytearray on the left of == compares memory with any buffer on its right; bytes do not.
+# "Does this begin with ...?" compares memory with any buffer, without a copy; memoryview's own == goes by element.
 _COMPARE_SIZE: Final = 1 << 16
-_COMPARE: Final = bytearray(_COMPARE_SIZE)
+_COMPARE: Final = bytes(_COMPARE_SIZE)
+_FEW_GROUPS: Final = 32
 
 
 def aligned_buffer(size: int, alignment: int = 4096) -> memoryview:
@@ -75,14 +76,10 @@ def is_zero(buffer: memoryview | bytes | bytearray) -> bool:
         return True
     if buffer[0] or buffer[-1] or buffer[length >> 1]:
         return False
-    if length == _COMPARE_SIZE:
-        return _COMPARE == buffer  # noqa: SIM300 - see _COMPARE
+    if length <= _COMPARE_SIZE:
+        return _COMPARE.startswith(buffer)
     view = memoryview(buffer)
-    whole = length - length % _COMPARE_SIZE
-    for start in range(0, whole, _COMPARE_SIZE):
-        if _COMPARE != view[start : start + _COMPARE_SIZE]:  # noqa: SIM300
-            return False
-    return whole == length or _COMPARE[: length - whole] == view[whole:]
+    return all(_COMPARE.startswith(view[start : start + _COMPARE_SIZE]) for start in range(0, length, _COMPARE_SIZE))
 
 
 def zero_runs(buffer: memoryview | bytes | bytearray, granularity: int) -> list[tuple[int, int, bool]]:
@@ -128,8 +125,12 @@ def _zero_granules(words: NDArray[np.uint64], view: memoryview, granularity: int
     candidates = np.flatnonzero(zero)
     if len(candidates) == 0:
         return zero
+    cuts = np.flatnonzero(np.diff(candidates) > 1) + 1
+    if len(cuts) >= _FEW_GROUPS:
+        zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
+        return zero
     # A long run of candidates is mostly a hole: one comparison settles it. Otherwise look at each granule.
-    for group in np.split(candidates, np.flatnonzero(np.diff(candidates) > 1) + 1):
+    for group in np.split(candidates, cuts):
         first, last = int(group[0]), int(group[-1]) + 1
         if not is_zero(view[first * granularity : last * granularity]):
             zero[first:last] = np.bitwise_or.reduce(words[first:last], axis=1) == 0
