@@ -275,12 +275,20 @@ def create_qcow2(request: CreateRequest) -> None:
     if made.l2_clusters:
         _write_l2(file, made)
     if made.host_data_clusters:
-        end = made.clusters << made.header.cluster_bits
-        mode = "off" if made.preallocation == "metadata" else made.preallocation
-        file.resize(end, preallocation=mode, exact=False)
+        _make_data_area(file, made)
     file.flush()
     _write(file, 0, layout.header_bytes(made.header, made.extensions, made.backing_name))
     file.flush()
+
+
+def _make_data_area(file: Node, made: Plan) -> None:
+    """Behind the tables: as long as the disk where it stays sparse, whole clusters where space is reserved."""
+    bits = made.header.cluster_bits
+    if made.preallocation == "metadata":
+        start = (made.l2_start + made.l2_clusters) << bits
+        file.resize(start + made.header.size, exact=False)
+    else:
+        file.resize(made.clusters << bits, preallocation=made.preallocation, exact=False)
 
 
 def _make_data_file(request: CreateRequest, made: Plan) -> None:

@@ -22,7 +22,7 @@ __all__ = ["file_sizes", "touched_bytes"]
 def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int | None = None) -> tuple[int, int]:
     """(required, fully allocated) file size in bytes.
 
-    :param options: values of ``CREATE_OPTIONS``; with a backing file every cluster of the source is assumed to be needed
+    :param options: values of ``CREATE_OPTIONS``; with a backing file all clusters of the source are taken to be needed
     :param virtual_size: bytes; that of the source image if there is one
     :param data_bytes: bytes of the clusters (of this image) in which the source holds data, from
         :func:`touched_bytes`; ``None`` without a source
