@@ -157,7 +157,7 @@ def tables(draw: st.DrawFn) -> tuple[list[int], int, int, list[int] | None, bool
     return table, guest, bits, bitmaps if extended else None, data_file, version
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tables())
 def test_bulk_equals_scalar(case: tuple[list[int], int, int, list[int] | None, bool, int]) -> None:
     try:
