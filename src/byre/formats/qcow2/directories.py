@@ -104,7 +104,7 @@ def decode_snapshot_table(
         if len(data) < position + _SNAPSHOT.size:
             # Every entry still to come has at least its fixed part.
             raise Truncated("the qcow2 snapshot table", position + (count - index) * _SNAPSHOT.size, len(data))
-        offset, l1_size, id_size, name_size, *times, extra_size = _SNAPSHOT.unpack_from(data, position)
+        offset, l1_size, id_size, name_size, sec, nsec, clock, state, extra_size = _SNAPSHOT.unpack_from(data, position)
         _check_snapshot(index, offset, l1_size, extra_size, cluster_bits)
         extra_end = position + _SNAPSHOT.size + extra_size
         id_end = extra_end + id_size
@@ -116,7 +116,8 @@ def decode_snapshot_table(
         if len(data) < end:
             raise Truncated("the qcow2 snapshot table", end + (count - index - 1) * _SNAPSHOT.size, len(data))
         extra = bytes(data[position + _SNAPSHOT.size : extra_end])
-        found.append(Snapshot(offset, l1_size, *times, extra, _text(data[extra_end:id_end]), _text(data[id_end:end])))
+        name_id, name = _text(data[extra_end:id_end]), _text(data[id_end:end])
+        found.append(Snapshot(offset, l1_size, sec, nsec, clock, state, extra, name_id, name))
         position = end
     return tuple(found)
 
@@ -199,14 +200,14 @@ def decode_bitmap_directory(
     for index in range(count):
         if len(data) < position + _BITMAP.size:
             raise ImageError(f"qcow2 bitmap directory ends in entry {index} of {count}")
-        *head, name_size, extra_size = _BITMAP.unpack_from(data, position)
+        table, entries, flags, kind, bits, name_size, extra_size = _BITMAP.unpack_from(data, position)
         extra_end = position + _BITMAP.size + extra_size
         end = extra_end + name_size
         padded = end + -end % 8
         if padded > len(data):
             raise ImageError(f"qcow2 bitmap directory ends in entry {index} of {count}")
         extra = bytes(data[position + _BITMAP.size : extra_end])
-        entry = BitmapEntry(*head, extra, _text(data[extra_end:end]))
+        entry = BitmapEntry(table, entries, flags, kind, bits, extra, _text(data[extra_end:end]))
         _check_bitmap(index, entry, name_size, cluster_bits)
         if entry.name in names:
             raise ImageError(f"qcow2 bitmap directory entry {index} has the name of an earlier one")
