@@ -36,9 +36,10 @@ class Failure(Exception):
 
 
 class Sample(NamedTuple):
-    """One run of a command: wall-clock seconds, peak resident memory in bytes, what it printed."""
+    """One run of a command: wall-clock and processor seconds, peak resident memory in bytes, what it printed."""
 
     seconds: float
+    processor: float
     peak: int
     output: str
 
@@ -240,12 +241,15 @@ def _measured(
         medians[who] = median(values)
         record[who] = round(medians[who], 5)
         record[f"{who}_all"] = [round(one, 5) for one in values]
+        record[f"{who}_processor_s"] = round(median(sample.processor for sample in runs), 4)
         record[f"{who}_peak_mib"] = round(max(sample.peak for sample in runs) / MIB, 1)
     if goal:
         record["goal"] = str(goal)
     if "peer" in medians:
         ratio = medians["byre"] / medians["peer"]
         record["ratio"] = round(ratio, 4)
+        processor = [median(sample.processor for sample in samples[who]) for who in ("byre", "peer")]
+        record["processor_ratio"] = round(processor[0] / max(processor[1], 1e-4), 4)
         if goal:
             record["met"] = goal.met(ratio)
     return record
@@ -272,12 +276,14 @@ def run(command: Sequence[str]) -> Sample:
             raise Failure(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}: {words}")
         out.seek(0)
         # Only the head is kept: some commands print a hundred megabytes.
-        return Sample(seconds, usage.ru_maxrss * 1024, out.read(4096).decode(errors="replace"))
+        return Sample(
+            seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, out.read(4096).decode(errors="replace")
+        )
 
 
 def render(rows: Sequence[dict[str, object]]) -> str:
     """The rows as a table for people."""
-    head = ("row", "byre", "peer", "ratio", "goal", "", "peak MiB", "peer's", "size ratio")
+    head = ("row", "byre", "peer", "ratio", "goal", "", "cpu ratio", "peak MiB", "peer's", "size ratio")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         if "failed" in row:
@@ -293,6 +299,7 @@ def render(rows: Sequence[dict[str, object]]) -> str:
                 f"{row['ratio']:.3f}" if "ratio" in row else "",
                 str(row.get("goal", "")),
                 {True: "met", False: "MISSED"}.get(row.get("met"), ""),  # type: ignore[call-overload]
+                f"{row['processor_ratio']:.3f}" if "processor_ratio" in row else "",
                 f"{peak:.0f}{'!' if peak > MEMORY_GOAL else ''}" if peak else "",
                 f"{row['peer_peak_mib']:.0f}" if "peer_peak_mib" in row else "",
                 f"{row['size_ratio']:.3f}" if "size_ratio" in row else "",
