@@ -222,20 +222,7 @@ def parse_json(text: str, what: str = "name") -> dict[str, object]:
             raise InvalidArgument(f"JSON {what} holds the number {digits[:24]}, allowed are 64 bits")
         return int(digits)
 
-    # Depth is checked on the text: the parser itself would recurse.
-    depth = deepest = 0
-    in_string = escaped = False
-    for c in text:
-        if in_string:
-            in_string = escaped or c != '"'
-            escaped = c == "\\" and not escaped
-        elif c == '"':
-            in_string = True
-        elif c in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif c in "]}":
-            depth -= 1
+    text, deepest = _plain_json(text)
     if deepest > JSON_DEPTH:
         raise InvalidArgument(f"JSON {what} is nested {deepest} deep, allowed are {JSON_DEPTH}")
     try:
@@ -245,3 +232,39 @@ def parse_json(text: str, what: str = "name") -> dict[str, object]:
     if not isinstance(value, dict):
         raise InvalidArgument(f"JSON {what} must be an object")
     return unflatten(value)
+
+
+def _plain_json(text: str) -> tuple[str, int]:
+    """(``text`` with 'single-quoted' strings, which the peer's users write, in double quotes; its depth).
+
+    Depth is found on the text, because the parser itself would recurse.
+    """
+    parts: list[str] = []
+    depth = deepest = 0
+    quote = ""
+    escaped = False
+    for c in text:
+        if quote:
+            if escaped:
+                escaped = False
+                # JSON knows no escaped apostrophe.
+                parts.append("'" if c == "'" else "\\" + c)
+                continue
+            if c == "\\":
+                escaped = True
+                continue
+            if c == quote:
+                quote = ""
+                c = '"'
+            elif c == '"':
+                c = '\\"'
+        elif c in "\"'":
+            quote = c
+            c = '"'
+        elif c in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif c in "]}":
+            depth -= 1
+        parts.append(c)
+    return "".join(parts), deepest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..catalog import PROBE_SIZE, Driver, by_prefix, driver, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NotFound, printable
@@ -136,6 +136,9 @@ def parse_filename(name: str) -> dict[str, object]:
         if row is None:
             raise InvalidArgument(f"unknown protocol {printable(prefix)!r} in {printable(name)!r}",
                                   hint="write ./ before a file name that holds a colon")  # fmt: skip
+        if row.name == "file":
+            # Shown, and given again, as a path.
+            return {"driver": "file", "filename": f"./{rest}" if has_protocol(rest) else rest}
         module = import_module(row.module)
         parse = getattr(module, "parse_filename", None)
         parsed: dict[str, object] = parse(rest) if parse else {"filename": rest}
@@ -232,6 +235,12 @@ class Opener:
         else:
             raise InvalidArgument(f"expected a name or options, found {spec!r}")
         filename = given.get("filename")
+        if isinstance(filename, str) and isinstance(given.get("file"), dict):
+            # A name, and options for the file it names.
+            below = cast("dict[str, object]", given["file"])
+            given = {key: value for key, value in given.items() if key != "filename"}
+            given["file"] = {**parse_filename(filename), **below}
+            filename = None
         if "driver" not in given and isinstance(filename, str) and "file" not in given:
             rest = {key: value for key, value in given.items() if key != "filename"}
             given = {**parse_filename(filename), **rest}
@@ -424,6 +433,8 @@ def resolve_backing(overlay: str, name: str) -> str:
     """
     if has_protocol(name) or os.path.isabs(name):
         return name
+    if overlay.startswith("file:"):
+        overlay = str(parse_filename(overlay)["filename"])
     if overlay.startswith("json:"):
         raise InvalidArgument(f"relative backing file {printable(name)!r} has no folder to start from", where=overlay)
     if has_protocol(overlay):

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..catalog import driver
+from ..errors import InvalidArgument
 from ..options import convert, flatten
 from .node import PERM_READ, PERM_RESIZE, PERM_WRITE
 from .opening import COMMON_OPTIONS, FLAG_FIELDS, OpenFlags
@@ -45,18 +46,36 @@ def reopen(image: Image, *, read_only: bool | None, cache: str | None, options: 
         image.resume()
 
 
-def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """(the top driver's own options, changes of the flags every node has)."""
-    own: dict[str, object] = {}
+def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[Node, dict[str, object]], dict[str, object]]:
+    """(driver options by node, changes of the flags every node has).
+
+    :raises InvalidArgument: a driver or node name would change
+    """
+    own: dict[Node, dict[str, object]] = {}
     flags: dict[str, object] = {}
     for key, value in flatten(dict(options)).items():
-        if key in FLAG_FIELDS:
-            flags[FLAG_FIELDS[key]] = convert(COMMON_OPTIONS[key], value)
-        elif key == "discard":
-            flags["unmap"] = convert(COMMON_OPTIONS[key], value) in ("unmap", "on")
+        node, rest = _descend(top, key)
+        if rest in ("driver", "node-name"):
+            now = node.driver if rest == "driver" else node.name
+            if value != now:
+                raise InvalidArgument(f"cannot change option {key!r} from {now!r} to {value!r}", where=node.filename)
+        elif rest in FLAG_FIELDS:
+            flags[FLAG_FIELDS[rest]] = convert(COMMON_OPTIONS[rest], value)
+        elif rest == "discard":
+            flags["unmap"] = convert(COMMON_OPTIONS[rest], value) in ("unmap", "on")
         else:
-            own[key] = value
+            own.setdefault(node, {})[rest] = value
     return own, flags
+
+
+def _descend(top: Node, key: str) -> tuple[Node, str]:
+    """The node that dotted ``key`` concerns, and its option."""
+    node = top
+    while True:
+        head, dot, rest = key.partition(".")
+        if not dot or head not in node.children:
+            return node, key
+        node, key = node.children[head].node, rest
 
 
 def _flags_of(node: Node) -> OpenFlags:
@@ -64,7 +83,7 @@ def _flags_of(node: Node) -> OpenFlags:
     return flags if isinstance(flags, OpenFlags) else OpenFlags(read_only=node.read_only)
 
 
-def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[str, object]) -> None:
+def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[Node, dict[str, object]]) -> None:
     """Prepare top-down when giving up writing, bottom-up when taking it up; commit the other way round."""
     nodes = _affected(top)
     prepared: list[tuple[Node, object]] = []
@@ -75,7 +94,7 @@ def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[
             flags = _flags_of(node)._replace(**changes)  # type: ignore[arg-type]
             if node is not top:
                 flags = flags.for_file()
-            prepared.append((node, node.reopen_prepare(flags, _options(node, own if node is top else {}))))
+            prepared.append((node, node.reopen_prepare(flags, _options(node, own.get(node, {})))))
     except BaseException:
         for node, token in reversed(prepared):
             node.reopen_abort(token)

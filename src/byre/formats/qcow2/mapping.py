@@ -494,6 +494,8 @@ class Mapping:
             return ZERO
         if full:
             return 0
+        if self.version < 3 and self.has_backing:
+            return old  # version 2 has no zero clusters, and the backing file must not show through
         # The COPIED flag alone tells offset 0 of an external data file from "unallocated".
         held = old & (COMPRESSED | OFFSET_MASK) or (self.data_file and old & COPIED)
         if held or (self.has_backing and not old & ZERO):
