@@ -59,6 +59,7 @@ def open(
     force_share: bool = False,
     backing: bool = True,
     no_io: bool = False,
+    check: bool = False,
     exclusive: bool = False,
     resizable: bool = False,
     policy: Policy | None = None,
@@ -76,6 +77,7 @@ def open(
     :param force_share: take no lock that keeps other programs out; read-only
     :param backing: open the backing chain as well
     :param no_io: metadata only: nothing the image names is opened
+    :param check: opened to be checked: damage is no reason to refuse, and nothing is mended on the way
     :param exclusive: no other user of the same node or file may write meanwhile
     :param resizable: ask for the permission to resize now, not at the first resize
     :param policy: which files the image may name; the default allows plain files
@@ -93,6 +95,7 @@ def open(
         force_share=force_share,
         no_backing=not backing,
         no_io=no_io,
+        check=check,
     )
     graph = graph or Graph()
     opener = Opener(graph, policy or Policy())

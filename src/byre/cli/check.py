@@ -74,10 +74,11 @@ def run(arguments: list[str]) -> int:
         read_only=not fix,
         cache=given.last("source-cache", "writeback"),
         backing=False,
+        check=True,
     ) as image:
         node = image.node
         if not isinstance(node, Checkable):
-            common.report(f"{name}: images of format {image.format!r} cannot be checked")
+            common.report("This image format does not support checks")  # scripts look for these very words
             return EXIT_UNSUPPORTED
         result = _check(node, fix, quiet=as_json or given.has("quiet"), progress=given.has("progress"))
         if not given.has("quiet"):
@@ -95,7 +96,7 @@ def run(arguments: list[str]) -> int:
 
 def _check(node: Checkable, fix: str, *, quiet: bool, progress: bool) -> CheckResult:
     """Check, mend if asked, and if that changed something check again; the counts of what was mended are kept."""
-    result = _pass(node, fix, progress=progress)
+    result = _pass(node, fix, quiet=quiet, progress=progress)
     if not result.corruptions_fixed and not result.leaks_fixed:
         return result
     if not quiet:
@@ -105,14 +106,17 @@ def _check(node: Checkable, fix: str, *, quiet: bool, progress: bool) -> CheckRe
             f"    {result.corruptions_fixed} corruptions\n\n"
             "Double checking the fixed image now...\n"
         )
-    again = _pass(node, "", progress=progress)
+    again = _pass(node, "", quiet=quiet, progress=progress)
     return again._replace(leaks_fixed=result.leaks_fixed, corruptions_fixed=result.corruptions_fixed)
 
 
-def _pass(node: Checkable, fix: str, *, progress: bool) -> CheckResult:
+def _pass(node: Checkable, fix: str, *, quiet: bool, progress: bool) -> CheckResult:
     from ..jobs.job import Control
+    from .progress import Display, mode_for
 
-    result = node.check(Control(), fix)
+    control = Control(measure=progress)
+    with Display(control, "check", mode_for(progress, "", quiet)):
+        result = node.check(control, fix)
     sys.stderr.write("".join(f"{printable(message)}\n" for message in result.messages))
     return result
 

@@ -40,6 +40,7 @@ class OpenFlags(NamedTuple):
     :ivar auto_read_only: fall back to read-only where writing is not possible
     :ivar no_backing: leave backing files closed
     :ivar no_io: metadata only: a key may be missing, data files may stay closed
+    :ivar check: opened to be checked: damage is no reason to refuse, and nothing is mended on the way
     """
 
     read_only: bool = True
@@ -51,6 +52,7 @@ class OpenFlags(NamedTuple):
     auto_read_only: bool = False
     no_backing: bool = False
     no_io: bool = False
+    check: bool = False
 
     def for_file(self) -> OpenFlags:
         """For data and metadata children."""

@@ -31,7 +31,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     flags = request.flags
     if file.read_only and not flags.read_only:
         flags = flags._replace(read_only=True)
-    _check_usable(header, flags.read_only, flags.no_io, where)
+    _check_usable(header, flags.read_only or flags.check, flags.no_io or flags.check, where)
     if request.opener.policy.max_size and header.size > request.opener.policy.max_size:
         raise ImageError(f"the virtual size is {header.size}, allowed are {request.opener.policy.max_size} bytes "
                          "for an untrusted image", where=where, hint="raise --max-size")  # fmt: skip
@@ -47,7 +47,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
         raise InvalidArgument("a data file is given, but the image has none", where=where)
     if not flags.no_io:
         node.load_tables()
-        if header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not flags.read_only:
+        if header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not (flags.read_only or flags.check):
             from .check import repair_dirty
 
             repair_dirty(node)
