@@ -26,7 +26,7 @@ from byre.graph.opening import OpenFlags
 from byre.io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NO_HOST, ZERO, Extent
 from byre.protocols import file as file_module
 from byre.protocols import filespace, vectors
-from byre.protocols.file import FileNode
+from byre.protocols.file import OPTIONS, FileNode
 
 from .conftest import OpenFile
 
@@ -553,8 +553,8 @@ def test_nothing_stays_open(tmp_path: Path, open_file: OpenFile) -> None:
     before = len(os.listdir("/proc/self/fd"))
     node = open_file(tmp_path / "a", direct=True)
     node.write_from(3, memoryview(b"xyz"))
-    node.reopen_abort(node.reopen_prepare(OpenFlags(read_only=True)))
-    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=True)))
+    node.reopen_abort(node.reopen_prepare(OpenFlags(read_only=True), node.runtime))
+    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=True), node.runtime))
     node.close()
     node.close()
     with pytest.raises(ByreError):
@@ -571,17 +571,27 @@ def test_reopen_changes_the_mode(tmp_path: Path, open_file: OpenFile) -> None:
     path = make(tmp_path / "a", b"x" * 5000)
     node = open_file(path, read_only=True)
     os.rename(path, tmp_path / "b")  # the node holds the file, not the name
-    token = node.reopen_prepare(OpenFlags(read_only=False, direct=True))
+    token = node.reopen_prepare(OpenFlags(read_only=False, direct=True), node.runtime)
     with pytest.raises(ReadOnly):
         node.write_from(0, memoryview(b"y"))
     node.reopen_commit(token)
     node.write_from(1, memoryview(b"yz"))
     assert node.limits.request_alignment > 1
-    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=True)))
+    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=True), node.runtime))
     assert node.read_only
     assert node.limits.request_alignment == 1
     node.flush()
     assert (tmp_path / "b").read_bytes() == b"xyz" + b"x" * 4997
+
+
+def test_reopen_keeps_name_and_locking(tmp_path: Path, open_file: OpenFile) -> None:
+    node = open_file(make(tmp_path / "a", 10), options={"locking": "on", "aio": "native"})
+    for change in ({"filename": "other"}, {"locking": "off"}):
+        options = OPTIONS.parse({**node.runtime.given, **change}, what="test")
+        with pytest.raises(InvalidArgument, match="cannot change"):
+            node.reopen_prepare(OpenFlags(), options)
+    node.reopen_commit(node.reopen_prepare(OpenFlags(), OPTIONS.parse({"aio": "threads"}, what="test")))
+    assert node.runtime.word("aio") == "threads"
 
 
 def test_locks_move_to_the_reopened_file(tmp_path: Path, open_file: OpenFile) -> None:
@@ -589,10 +599,10 @@ def test_locks_move_to_the_reopened_file(tmp_path: Path, open_file: OpenFile) ->
     node, other = open_file(path), open_file(path)
     unshared = PERM_ALL & ~(PERM_WRITE | PERM_RESIZE)
     node.set_permissions(PERM_READ | PERM_WRITE, unshared)
-    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=False)))
+    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=False), node.runtime))
     with pytest.raises(ByreError, match='"write" lock'):
         other.set_permissions(PERM_WRITE, PERM_ALL)
-    token = node.reopen_prepare(OpenFlags(read_only=True))
+    token = node.reopen_prepare(OpenFlags(read_only=True), node.runtime)
     node.set_permissions(PERM_READ, PERM_ALL)
     node.reopen_commit(token)
     other.set_permissions(PERM_WRITE, PERM_ALL)

@@ -15,9 +15,18 @@ from typing import Final, NamedTuple
 from ..errors import AccessDenied, InvalidArgument, NotFound, NotSupported, from_oserror, printable
 from ..io.buffers import aligned_buffer
 
-__all__ = ["Descriptor", "DirectLimits", "file_size", "open_descriptor", "probe_direct", "reopen_descriptor"]
+__all__ = [
+    "Descriptor",
+    "DirectLimits",
+    "close_quietly",
+    "file_size",
+    "open_descriptor",
+    "probe_direct",
+    "reopen_descriptor",
+    "sector_size",
+]
 
-BLKSSZGET: Final = 0x1268
+_BLKSSZGET: Final = 0x1268
 _DIRECT_ALIGNMENT: Final = 4096
 
 _KINDS: Final = (
@@ -76,14 +85,16 @@ def open_descriptor(
     return Descriptor(fd, read_only, stat.S_ISBLK(status.st_mode), _identity(status))
 
 
-def reopen_descriptor(fd: int, path: str, identity: object, *, read_only: bool, direct: bool) -> Descriptor:
+def reopen_descriptor(
+    fd: int, path: str, identity: object, *, read_only: bool, direct: bool = False, auto_read_only: bool = False
+) -> Descriptor:
     """A new open description of the file behind ``fd``, which may have another name by now.
 
     :raises ByreError: it cannot be opened in that mode
     """
     where = printable(path)
     name = f"/proc/self/fd/{fd}" if os.path.exists(f"/proc/self/fd/{fd}") else path
-    new, _ = _open(name, where, read_only, direct, False)
+    new, read_only = _open(name, where, read_only, direct, auto_read_only)
     try:
         status = os.fstat(new)
         if _identity(status) != identity:
@@ -158,8 +169,10 @@ def file_size(fd: int, is_device: bool, where: str) -> int:
 
 def sector_size(fd: int) -> int:
     """Logical block size of a block device, bytes."""
-    answer = fcntl.ioctl(fd, BLKSSZGET, bytes(4))
-    size = int(struct.unpack("@i", answer)[0])
+    try:
+        size = int(struct.unpack("@i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0])
+    except OSError:
+        return 512
     return size if size >= 512 and size & (size - 1) == 0 else 512
 
 

@@ -1,8 +1,8 @@
 """Regular files and block devices: the leaf under most graphs.
 
-Owns one file descriptor and whether its flushes can still be trusted. Opening is :mod:`.descriptor`,
-creating :mod:`.filecreate`, locks :mod:`.locks`, the length :mod:`.length`, holes and zeroing
-:mod:`.filespace`. All I/O is synchronous in the calling thread, whatever ``aio`` says.
+Owns one file descriptor. Opening is :mod:`.descriptor`, creating :mod:`.filecreate`, locks :mod:`.locks`,
+the length :mod:`.length`, holes and zeroing :mod:`.filespace`, flushing :mod:`.durability`. All I/O is
+synchronous in the calling thread, whatever ``aio`` says.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from os import preadv, pwritev
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import ByreError, InvalidArgument, IOFailure, NotSupported, ReadOnly, from_oserror, printable
+from ..errors import ByreError, InvalidArgument, NotSupported, ReadOnly, from_oserror, printable
 from ..graph.node import PERM_ALL, Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
 from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
 from . import descriptor
+from .durability import FlushState
 from .filespace import FileSpace
 from .length import FileLength, check_preallocation, set_length
 from .locks import FileLocks
@@ -63,6 +65,7 @@ class _Reopen(NamedTuple):
 
     opened: descriptor.Descriptor
     flags: OpenFlags
+    options: OptionValues
     direct: AlignedAccess | None
     limits: Limits
 
@@ -70,33 +73,39 @@ class _Reopen(NamedTuple):
 class FileNode(Node):
     """An open regular file or block device.
 
-    Guarded by ``_length``: the cached size. Guarded by ``_lock``: flush state, the descriptor for unaligned
-    tails. Guarded by the graph lock: locks, reopening.
+    Guarded by ``_length``: the cached size. Guarded by ``_lock``: the descriptor for unaligned tails. Guarded by
+    the graph lock: locks, reopening.
 
     :ivar identity: equal for two nodes exactly if they are the same file
     :ivar is_device: a block device
+    :ivar runtime: its options, which reopening starts from
     """
 
     kind = "protocol"
     driver = "file"
 
     def __init__(
-        self, path: str, opened: descriptor.Descriptor, flags: OpenFlags, *, name: str = "", locking: str = "auto"
+        self,
+        path: str,
+        opened: descriptor.Descriptor,
+        flags: OpenFlags,
+        options: OptionValues | None = None,
+        *,
+        name: str = "",
     ) -> None:
         super().__init__(name=name, filename=path, read_only=opened.read_only)
         self.open_flags = flags
+        self.runtime = options or OPTIONS.parse({}, what="driver 'file'")
         self.is_device = opened.is_device
         self.identity = opened.identity
         self._where = printable(path)
         self._fd = opened.fd
         self._lock = threading.Lock()
-        self._locks = FileLocks(locking, path)
+        self._locks = FileLocks(self.runtime.word("locking"), path)
         self._length = FileLength(descriptor.file_size(self._fd, self.is_device, self._where))
         sector = descriptor.sector_size(self._fd) if self.is_device else 0
         self._space = FileSpace(self._fd, self._length, sector)
-        self._other_changes = 0  # resizes and copies, which statistics do not count
-        self._flushed = 0
-        self._flush_failure = ""
+        self._flushes = FlushState(self.stats, self._where)
         self._tail_fd = -1
         self._direct, self.limits = self._prepare_direct(opened, flags)
         self._space.direct = self._direct
@@ -155,15 +164,11 @@ class FileNode(Node):
             finally:
                 self._length.value = self._real_end()
                 self._space.forget_data()
-                self._changed_otherwise()
+                self._flushes.changed()
 
     def _check_device_size(self, size: int, exact: bool) -> None:
         if size > self.size or (exact and size != self.size):
             raise InvalidArgument(f"cannot resize a device: it has {self.size} bytes, not {size}", where=self._where)
-
-    def _changed_otherwise(self) -> None:
-        with self._lock:
-            self._other_changes += 1
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -277,7 +282,7 @@ class FileNode(Node):
         with self._lock:
             if self._tail_fd < 0:
                 self._tail_fd = descriptor.reopen_descriptor(self._fd, self.filename, self.identity,
-                                                             read_only=False, direct=False).fd  # fmt: skip
+                                                             read_only=False).fd  # fmt: skip
         pwritev_all(self._tail_fd, offset, buffers)
 
     def _real_end(self) -> int:
@@ -302,38 +307,10 @@ class FileNode(Node):
             return InvalidArgument(f"cannot {verb} {length} bytes at {offset:#x}: beyond 2^63", where=self._where)
         return from_oserror(error, f"cannot {verb} {length} bytes at {offset:#x}", self._where)
 
-    # -- flushing ---------------------------------------------------------------------------------
-
     def flush(self) -> None:
         """:raises IOFailure: this flush failed, or one before: what was written since the last good one may be lost"""
-        if self.open_flags.no_flush:
-            return
-        self._check_flushed()
-        changes = self._change_count()
-        if changes == self._flushed:
-            return
-        started = perf_counter_ns()
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            # The system may have marked the pages clean: a later flush that succeeds would prove nothing.
-            self._flush_failure = self._flush_failure or os.strerror(error.errno or errno.EIO)
-            self.stats.failed(Stats.FLUSH)
-            raise from_oserror(error, "cannot flush", self._where) from None
-        with self._lock:
-            self._flushed = max(self._flushed, changes)
-        self.stats.done(Stats.FLUSH, 0, started)
-
-    def _change_count(self) -> int:
-        """Grows with every change made through this node, failed ones included."""
-        done, failed = self.stats.operation_count, self.stats.failed_count
-        counts = [done[kind] + failed[kind] for kind in (Stats.WRITE, Stats.ZEROES, Stats.DISCARD)]
-        return sum(counts) + self._other_changes
-
-    def _check_flushed(self) -> None:
-        if self._flush_failure:
-            raise IOFailure(f"an earlier flush failed ({self._flush_failure}), so data written before it may be lost",
-                            where=self._where, hint="close the file and check what it holds")  # fmt: skip
+        if not self.open_flags.no_flush:
+            self._flushes.flush(self._fd)
 
     # -- zeroes, discards, holes ------------------------------------------------------------------
 
@@ -398,21 +375,25 @@ class FileNode(Node):
         :raises NotSupported: the system cannot copy between these two
         """
         target._check_writable()
+        started = perf_counter_ns()
         growing = target_offset + length > target._length.value
         if growing:
             target._length.begin()
         done = 0
         try:
-            done = os.copy_file_range(self._fd, target._fd, length, source_offset, target_offset)
+            with target._space.claim(target_offset, length):
+                done = os.copy_file_range(self._fd, target._fd, length, source_offset, target_offset)
         except OSError as error:
-            if error.errno in _NO_COPY:
-                raise NotSupported(f"the system cannot copy this range: {os.strerror(error.errno)}",
-                                   where=target._where) from None  # fmt: skip
-            raise from_oserror(error, f"cannot copy {length} bytes to {target_offset:#x}", target._where) from None
+            if error.errno not in _NO_COPY:
+                raise target._failed(Stats.WRITE, "copy", target_offset, length, error) from None
+            reason = os.strerror(error.errno)
+            raise NotSupported(f"the system cannot copy this range: {reason}", where=target._where) from None
         finally:
             if growing:
                 target._length.end(target_offset + done if done else 0)
-            target._changed_otherwise()
+        self.stats.done(Stats.READ, done, started)
+        target.stats.done(Stats.WRITE, done, started)
+        target.stats.wrote(target_offset + done)
         return done
 
     # -- permissions and life ---------------------------------------------------------------------
@@ -422,29 +403,30 @@ class FileNode(Node):
             unshared = 0 if self.open_flags.force_share else PERM_ALL & ~shared
             self._locks.change(self._fd, used & PERM_ALL, unshared)
 
-    def reopen_prepare(self, flags: OpenFlags, options: OptionValues | None = None) -> object:
-        """Open the file again for ``flags``; nothing changes before :meth:`reopen_commit`.
-
-        The caller has stopped requests until then.
-
-        :raises ByreError: it cannot be opened like that
-        """
-        opened = descriptor.reopen_descriptor(self._fd, self.filename, self.identity,
-                                              read_only=flags.read_only, direct=flags.direct)  # fmt: skip
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        """:raises InvalidArgument: another file name or locking mode"""
+        for name, before in (("filename", self.filename), ("locking", self._locks.mode)):
+            if name in options and options.text(name) != before:
+                raise InvalidArgument(f"cannot change the option {name!r} of an open file", where=self._where)
+        opened = descriptor.reopen_descriptor(
+            self._fd, self.filename, self.identity,
+            read_only=flags.read_only, direct=flags.direct, auto_read_only=flags.auto_read_only,
+        )  # fmt: skip
         try:
             direct, limits = self._prepare_direct(opened, flags)
             self._locks.copy_to(opened.fd)
         except BaseException:
             os.close(opened.fd)
             raise
-        return _Reopen(opened, flags, direct, limits)
+        return _Reopen(opened, flags, options, direct, limits)
 
     def reopen_commit(self, token: object) -> None:
         assert isinstance(token, _Reopen)
-        self._locks.copy_to(token.opened.fd)  # permissions may have changed since
+        with suppress(ByreError):  # nothing is left to do unless permissions changed since
+            self._locks.copy_to(token.opened.fd)
         old = self._fd
         self._fd = token.opened.fd
-        self.open_flags = token.flags
+        self.open_flags, self.runtime = token.flags, token.options
         self.read_only = token.opened.read_only
         self._direct, self.limits = token.direct, token.limits
         self._space.fd, self._space.direct = self._fd, self._direct
@@ -484,7 +466,7 @@ def open_node(request: OpenRequest) -> FileNode:
         if driver == "host_device" and not opened.is_device:
             raise InvalidArgument("driver 'host_device' needs a block device", where=printable(path),
                                   hint="driver 'file' opens regular files")  # fmt: skip
-        node = FileNode(path, opened, flags, name=request.name, locking=request.options.word("locking"))
+        node = FileNode(path, opened, flags, request.options, name=request.name)
     except BaseException:
         os.close(opened.fd)
         raise

@@ -50,7 +50,7 @@ class FileSpace:
     def forget_data(self) -> None:
         self._data = (0, 0)
 
-    def _claim(self, offset: int, length: int) -> AbstractContextManager[None]:
+    def claim(self, offset: int, length: int) -> AbstractContextManager[None]:
         return nullcontext() if self.direct is None else self.direct.claim(offset, length)
 
     # -- zeroing and discarding -------------------------------------------------------------------
@@ -97,7 +97,7 @@ class FileSpace:
             return start, end
         if not may_write:
             return offset, offset
-        with self._claim(start, end - start):
+        with self.claim(start, end - start):
             done = space.device_zero(self.fd, start, end - start)
         return (start, end) if done else (offset, offset)
 
@@ -113,7 +113,7 @@ class FileSpace:
         start, end = align_up(offset, self._sector), align_down(offset + length, self._sector)
         if start >= end or _DISCARD in self._cannot:
             return
-        with self._claim(start, end - start):
+        with self.claim(start, end - start):
             done = space.device_discard(self.fd, start, end - start)
         if not done:
             self._cannot |= {_DISCARD}
@@ -128,7 +128,7 @@ class FileSpace:
             self._length.begin()
         reached = 0
         try:
-            with self._claim(offset, length):
+            with self.claim(offset, length):
                 done = space.fallocate(self.fd, mode, offset, length)
             reached = end if done else 0
         finally:
@@ -146,12 +146,9 @@ class FileSpace:
         if offset >= size:
             return Extent(offset, length, ZERO)
         length = min(length, size - offset)
-        start, stop = self._data
-        if not start <= offset < stop:
-            start, stop = found = self._find(offset, size)
-            if start > offset:
-                return Extent(offset, min(length, start - offset), ZERO, offset)
-            self._data = found
+        start, stop = self._find(offset, size)
+        if start > offset:
+            return Extent(offset, min(length, start - offset), ZERO, offset)
         return Extent(offset, min(length, stop - offset), DATA, offset)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
@@ -175,8 +172,12 @@ class FileSpace:
     def _find(self, offset: int, size: int) -> tuple[int, int]:
         """``(start, stop)`` of the first data at or behind ``offset``; ``(size, size)`` if only a hole follows.
 
-        All of the file where the system cannot tell. ``stop`` lies behind ``offset``.
+        All of the file where the system cannot tell. ``stop`` lies behind ``offset``. Asking window by window stays
+        cheap where finding the end of a long run is not (tmpfs), because the last run is kept.
         """
+        start, stop = self._data
+        if start <= offset < stop:
+            return offset, stop
         if _SEEK in self._cannot:
             return offset, size
         try:
@@ -189,4 +190,5 @@ class FileSpace:
         if found is None:
             return size, size
         start, stop = found
-        return start, max(stop, start + 1)  # the same if it was punched between the two calls
+        self._data = found = (start, max(stop, start + 1))  # the same if it was punched between the two calls
+        return found

@@ -46,6 +46,7 @@ class FileLocks:
     """
 
     def __init__(self, mode: str, filename: str) -> None:
+        self.mode = mode
         self.enabled = mode != "off"
         self.used = 0
         self.unshared = 0
