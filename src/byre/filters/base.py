@@ -5,6 +5,7 @@ A filter has one filtered child, the edge ``file``; a subclass overrides the req
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import TYPE_CHECKING
 
@@ -100,7 +101,8 @@ def open_filtered(request: OpenRequest, node: FilterNode, edge: str, below: Node
 class RangeLock:
     """Keeps overlapping byte ranges apart: exclusive ones from all others, shared ones from exclusive ones.
 
-    Waiters are served in the order of arrival where they overlap, so an exclusive one is not starved.
+    Waiters are served in the order of arrival where they overlap. One that waits for a range held by another keeps
+    nobody else waiting until then: a request held at a breakpoint stops those it overlaps, not those these overlap.
 
     Guarded by: its own condition.
     """
@@ -108,29 +110,38 @@ class RangeLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._entries: list[tuple[int, int, bool]] = []
+        self._waiting: list[tuple[int, int, bool]] = []
 
     def enter(self, start: int, end: int, exclusive: bool) -> tuple[int, int, bool]:
         """Wait until ``[start, end)`` is free of conflicts; give the result to :meth:`leave`."""
         entry = _Entry((start, end, exclusive))
         with self._changed:
-            self._entries.append(entry)
+            self._waiting.append(entry)
             while self._blocked(entry):
                 self._changed.wait()
+            self._waiting = [other for other in self._waiting if other is not entry]
+            self._entries.append(entry)
+            self._changed.notify_all()
         return entry
 
     def _blocked(self, entry: tuple[int, int, bool]) -> bool:
-        start, end, exclusive = entry
-        for other in self._entries:
-            if other is entry:
-                return False
-            if other[0] < end and start < other[1] and (exclusive or other[2]):
-                return True
-        return False
+        if self._held_up(entry):
+            return True
+        earlier = itertools.takewhile(lambda other: other is not entry, self._waiting)
+        return any(_clash(entry, other) and not self._held_up(other) for other in earlier)
+
+    def _held_up(self, entry: tuple[int, int, bool]) -> bool:
+        """Whether a range that is in use keeps ``entry`` waiting."""
+        return any(_clash(entry, other) for other in self._entries)
 
     def leave(self, entry: tuple[int, int, bool]) -> None:
         with self._changed:
             self._entries = [other for other in self._entries if other is not entry]
             self._changed.notify_all()
+
+
+def _clash(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
+    return other[0] < one[1] and one[0] < other[1] and (one[2] or other[2])
 
 
 class _Entry(tuple[int, int, bool]):

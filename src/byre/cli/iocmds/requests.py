@@ -48,6 +48,8 @@ class Requests:
     """Requests in flight at once; one more waits for another to end."""
     HEAD_START: Final = 0.02
     """Seconds a new request has before the shell goes on, so that requests begin in the order they were typed."""
+    TICK: Final = 0.002
+    """Seconds between looks at a breakpoint that is waited for."""
     PATIENCE: Final = 1.0
     """Seconds without progress after which waiting for a request held at a breakpoint is given up."""
 
@@ -130,25 +132,27 @@ class Requests:
             self.reap()
 
     def until(self, condition: Callable[[], bool]) -> bool:
-        """Wait until ``condition`` or the end of all requests; whether it is the condition."""
-        while not condition():
-            with self._changed:
-                if not self._running:
-                    break
-                self._changed.wait(0.002)
+        """Wait until ``condition``; false if it will not come true, as all requests have ended or are held."""
+        try:
+            self._wait(lambda: not self._running, condition)
+        except Busy:
+            return False
         return condition()
 
-    def _wait(self, over: Callable[[], bool]) -> None:
-        with self._changed:
-            count, since = self._count, monotonic()
-        while True:
+    def _wait(self, over: Callable[[], bool], condition: Callable[[], bool] | None = None) -> None:
+        """Wait until ``over`` (called under the lock) or ``condition`` (called without it).
+
+        :raises Busy: there was no progress for a while, and a request is held
+        """
+        count, since = -1, monotonic()
+        while condition is None or not condition():
             with self._changed:
                 if over():
                     return
-                self._changed.wait(self.HEAD_START)
-                if over():
-                    return
+                self._changed.wait(self.HEAD_START if condition is None else self.TICK)
                 if self._count != count:
                     count, since = self._count, monotonic()
+                if over():
+                    return
             if self._watch() and monotonic() - since > self.PATIENCE:
                 raise Busy("requests are held at a breakpoint", hint="use resume first")
