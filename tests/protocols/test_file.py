@@ -320,6 +320,49 @@ def test_everything_is_data_where_the_system_cannot_tell(
     assert len(asked) == 1
 
 
+def test_a_long_run_is_looked_for_once(tmp_path: Path, open_file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    find = filespace.space.next_data
+    monkeypatch.setattr(filespace.space, "next_data", lambda fd, offset: calls.append(offset) or find(fd, offset))
+    node = open_file(make(tmp_path / "a", b"\xaa" * (4 * MIB)))
+    for start in range(0, 4 * MIB, 64 * KIB):
+        assert list(node.extents(start, 64 * KIB)) == [Extent(start, 64 * KIB, DATA, start)]
+        assert node.block_status(start, 64 * KIB).kind == DATA
+    assert calls == [0]
+
+
+def test_of_two_flushes_at_once_none_hides_a_failure(
+    tmp_path: Path, open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Event()
+    results: list[str] = []
+
+    def report_once(_: int) -> None:
+        # As the system does: the first caller learns of the failure, the next is told that all is well.
+        if not started.is_set():
+            started.set()
+            threading.Event().wait(0.05)
+            raise OSError(errno.EIO, "")
+
+    def flush() -> None:
+        try:
+            node.flush()
+            results.append("fine")
+        except IOFailure:
+            results.append("failed")
+
+    node = open_file(make(tmp_path / "a", 100))
+    node.write_from(0, memoryview(b"x"))
+    monkeypatch.setattr(os, "fdatasync", report_once)
+    threads = [threading.Thread(target=flush) for _ in range(2)]
+    threads[0].start()
+    started.wait(5)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert results == ["failed", "failed"]
+
+
 # -- length ---------------------------------------------------------------------------------------
 
 
