@@ -59,6 +59,8 @@ PROGRAM: ContextVar[str] = ContextVar("PROGRAM", default="byre")
 """The name the program was started under; main() sets it."""
 
 MAX_SIZE: Final = (1 << 63) - 1
+_FILE_OPTIONS: Final = ("extent_size_hint", "nocow")
+"""Creation options that belong to the file below an image."""
 
 
 class UsageError(InvalidArgument):
@@ -440,7 +442,10 @@ def print_create_options(format: str, declared: OptionSet, *, complete: bool) ->
     """
     kinds = {"bool": "bool (on/off)", "int": "num", "size": "size"}
     lines = ["Supported options:" if complete else f"Supported {format} options:"]
-    for option in sorted(declared.options, key=lambda each: each.name):
+    own = [o for o in declared.options if complete or o.name not in _FILE_OPTIONS]
+    if format == "raw" and not complete:
+        own = [option for option in own if option.name == "size"]
+    for option in sorted(own, key=lambda each: each.name):
         left = f"{option.name}=<{kinds.get(option.type, 'str')}>"
         lines.append(f"  {left:<22} - {option.help}")
     if not complete:
