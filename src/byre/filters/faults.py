@@ -58,7 +58,11 @@ def parse_filename(rest: str) -> dict[str, object]:
 def open_node(request: OpenRequest) -> FaultNode:
     options = request.options
     name = next((key for key in CHILDREN if request.has_child(key)), "")
-    spec = request.children[name] if name else options.text("x-image") or options.text("filename")
+    named = options.text("x-image") or options.text("filename")
+    spec = request.children[name] if name else named
+    if named and isinstance(spec, dict):
+        # A file name, and options for the image it names.
+        spec = {"filename": named, **spec}
     if not spec:
         raise InvalidArgument("driver 'blkdebug' needs a child 'image'")
     rules = rules_of(options)

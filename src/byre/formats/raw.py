@@ -10,7 +10,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from ..catalog import PROBE_SIZE, probe
-from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace
+from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace, ReadOnly
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, Limits, Node, Stats
 from ..io.buffers import is_zero
 from ..io.extent import DATA, MAY_UNMAP, Extent
@@ -79,6 +79,7 @@ class RawNode(Node):
         self.base = offset
         self._slice = size
         self._file = file
+        self._report = file.debug_event if file.takes_events else None
         self.sources: tuple[Child, ...] = ()
         self.probed = False
         self.detect_zeroes = "off"
@@ -103,6 +104,8 @@ class RawNode(Node):
             super_view = buffer[max(inside, 0) :]
             super_view[:] = bytes(len(super_view))
             buffer = buffer[: max(inside, 0)]
+        if self._report is not None:
+            self._report("read_aio")
         try:
             self._file.read_into(self.base + offset, buffer)
         except BaseException:
@@ -115,9 +118,11 @@ class RawNode(Node):
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         started = perf_counter_ns()
-        self._check_end(offset, len(buffer))
+        self._check_write(offset, len(buffer))
         if self.probed and offset < PROBE_SIZE:
             self._check_probe(offset, buffer)
+        if self._report is not None:
+            self._report("write_aio")
         try:
             if self.detect_zeroes != "off" and is_zero(buffer):
                 unmap = MAY_UNMAP if self.detect_zeroes == "unmap" else 0
@@ -133,7 +138,7 @@ class RawNode(Node):
         if self.detect_zeroes != "off" or (self.probed and offset < PROBE_SIZE):
             super().writev_from(offset, buffers, flags)
             return
-        self._check_end(offset, sum(map(len, buffers)))
+        self._check_write(offset, sum(map(len, buffers)))
         self._file.writev_from(self.base + offset, buffers, flags)
 
     def _check_probe(self, offset: int, buffer: memoryview) -> None:
@@ -150,13 +155,15 @@ class RawNode(Node):
                 hint='say that it is raw (-f raw, or driver="raw") if the write is meant',
             )
 
-    def _check_end(self, offset: int, length: int) -> None:
+    def _check_write(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
         if self._slice is not None and offset + length > self._slice:
             raise NoSpace(f"cannot write {length} bytes at {offset:#x}: the slice ends at {self._slice:#x}",
                           where=self.filename)  # fmt: skip
 
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        self._check_end(offset, length)
+        self._check_write(offset, length)
         started = perf_counter_ns()
         self._file.write_zeroes(self.base + offset, length, flags)
         self.stats.done(Stats.ZEROES, length, started)
@@ -164,6 +171,7 @@ class RawNode(Node):
     def discard(self, offset: int, length: int) -> None:
         if self.pass_discard:
             started = perf_counter_ns()
+            self._check_write(offset, 0)
             self._file.discard(self.base + offset, min(length, self.size - offset))
             self.stats.done(Stats.DISCARD, length, started)
 

@@ -248,6 +248,8 @@ class Opener:
             given = {**parse_filename(filename), **rest}
         if isinstance(given.get("driver"), str):
             row = driver(str(given["driver"]))
+            if row.prefix and isinstance(filename, str) and filename.startswith(f"{row.prefix}:"):
+                given = {**{key: value for key, value in given.items() if key != "filename"}, **parse_filename(filename)}
             if row.kind == "format" and "file" not in given and isinstance(filename, str):
                 given = {key: value for key, value in given.items() if key != "filename"}
                 given["file"] = filename

@@ -173,6 +173,10 @@ def _rebuilt(node: Qcow2Node, control: Control | None, found: Analysis) -> Analy
     before.say("Rebuilding refcount structure")
     node.header = repair.rebuild(found.walk, control, found.width, bad_snapshots=found.bad_snapshots)
     after = _analyse(node, control, width=found.width)
+    if after.findings.leaks:
+        # Only where damaged tables refer to the header, as if it were a table: it has changed.
+        after = _analyse(node, control, fix="leaks", width=found.width)
+        after.findings.leaks_fixed = 0
     findings = after.findings
     findings.corruptions_fixed += max(0, before.corruptions - findings.corruptions)
     findings.leaks_fixed += max(0, before.leaks - findings.leaks)

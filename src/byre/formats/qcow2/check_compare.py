@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from .entries import REFCOUNT_OFFSET_MASK
 from .entries_bulk import pack_refcounts
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = ["Comparison"]
 
 BATCH: Final = 1 << 17
 """Clusters compared at once."""
+_OFFSET: Final = np.uint64(REFCOUNT_OFFSET_MASK)
 FREED_LIMIT: Final = 1 << 14
 """Runs of freed clusters that wait for a flush before their space is given back."""
 
@@ -105,7 +107,7 @@ class Comparison:
         table = self.subject.table
         first, last = window.low >> bits, -(-end >> bits)
         at = first
-        used = (first + np.flatnonzero(table[first:last])).tolist()
+        used = (first + np.flatnonzero(table[first:last] & _OFFSET)).tolist()
         step = max(1, BATCH >> bits)
         row = 0
         while row < len(used):
@@ -131,7 +133,6 @@ class Comparison:
             return
         if not readable:
             self._unreadable(low, high)
-            self.highest = max([self.highest, *window.referred(low, high)[-1:].tolist()])
             return
         counts = self.subject.refcounts(first, last)
         counters = window.counters[low - window.low : high - window.low]
@@ -152,9 +153,14 @@ class Comparison:
         if not len(keys):
             return
         self.highest = max(self.highest, int(keys[-1]))
-        self._mismatches(keys, np.zeros(len(keys), np.uint8), window.values(keys))
+        self._mismatches(keys, np.zeros(len(keys), np.uint8), self._expected(window, keys))
         # A COPIED flag for a count of 0.
         self.findings.suspect = True
+
+    def _expected(self, window: Window, keys: Keys) -> Counts:
+        """What the counts of ``keys`` should be, as far as a count can say it."""
+        expected: Counts = np.minimum(window.values(keys).astype(np.uint64), np.uint64(self.subject.refcount_max))
+        return expected
 
     def _compare(self, counts: Counts, base: int, low: int, high: int, counters: Counts, window: Window) -> None:
         """Compare ``[low, high)`` with ``counts``, those of whole blocks from cluster ``base`` on."""
@@ -207,7 +213,7 @@ class Comparison:
         """Blocks are looked at once for each place they lie at; only those that differ are gone through."""
         subject, bits = self.subject, self.subject.block_bits
         first, last = window.low >> bits, min(-(-end >> bits), len(subject.table))
-        index = first + np.flatnonzero(subject.table[first:last])
+        index = first + np.flatnonzero(subject.table[first:last] & _OFFSET)
         readable = np.fromiter((subject.block_offset(int(i)) > 0 for i in index), bool, len(index))
         for bad in index[~readable].tolist():
             self._unreadable(max(window.low, bad << bits), min(end, (bad + 1) << bits))
@@ -215,7 +221,7 @@ class Comparison:
         keys = window.referred(window.low, end)
         found, failed = subject.gather(keys)
         keys, found = keys[~failed], found[~failed]
-        expected = np.minimum(window.values(keys).astype(np.uint64), np.uint64(subject.refcount_max))
+        expected = self._expected(window, keys)
         self._marks(window, keys, found)
         block = np.searchsorted(index, keys >> bits)
         has_block = (block < len(index)) & (index[np.minimum(block, max(len(index) - 1, 0))] == keys >> bits

@@ -206,14 +206,15 @@ def each_window(walk: Walk, width: int, findings: Findings) -> Iterator[Window]:
 
 def _windows(walk: Walk, spread: _Spread, width: int) -> Iterator[Window]:
     """Windows over the range of ``spread``, each small enough."""
-    dense = DENSE_BYTES // width
+    # The clusters of one refcount block always fit: there are at most 2^24.
+    dense = max(DENSE_BYTES // width, 1 << spread.least)
     bins = -(-(spread.high - spread.low) >> spread.shift)
     sums = np.concatenate(([0], np.cumsum(spread.bins)))
     first = 0
     while first < bins:
         few = int(np.searchsorted(sums, sums[first] + SPARSE_KEYS, "right")) - 1
         end = min(bins, max(few, first + (dense >> spread.shift)))
-        if end == first:
+        if end <= first:
             # Too much for a sparse window and too long for a dense one: look closer.
             end = first + 1
             low, high = _bounds(spread, first, end)

@@ -139,7 +139,10 @@ class SnapshotTable:
         text = bytes(self._bytes(row.position + _FIXED.size + row.extra_size, row.id_size + row.name_size))
         identity = text[: row.id_size].decode("utf-8", "surrogateescape")
         name = text[row.id_size :].decode("utf-8", "surrogateescape")
-        return layout.Snapshot(row.l1_offset, row.l1_size, *fields[4:8], extra, identity, name)
+        date_sec, date_nsec, clock, state_size = fields[4:8]
+        return layout.Snapshot(
+            row.l1_offset, row.l1_size, date_sec, date_nsec, clock, state_size, extra, identity, name
+        )
 
     def corrected(self) -> bytes:
         """The table to write: extra data cut or completed, entries given up left out."""

@@ -155,8 +155,11 @@ class Walk:
             wrong = self.snapshots.l1_problem(row)
             if wrong:
                 findings.corrupt(wrong)
-            else:
-                tables.append((row.l1_offset, row.l1_size * 8, False))
+                continue
+            tables.append((row.l1_offset, row.l1_size * 8, False))
+            if row.l1_size and row.l1_offset >= 1 << 62:
+                findings.corrupt(beyond_end(row.l1_offset, row.l1_size * 8))
+                raise findings.abort("ERROR: I/O error in check_refcounts_l1")
         self._regions([(offset, length) for offset, length, _ in tables], tally, findings)
         scan = L2Scan(self.subject, self.control)
         parts = self._l1_tables([row for row in segments(tables) if row.start < row.end], tally, findings)

@@ -69,10 +69,10 @@ def _isal_compressor(level: int) -> Callable[[memoryview], bytes | None]:
 
 
 def _zlib_compressor(level: int) -> Callable[[memoryview], bytes | None]:
-    import zlib
+    from zlib_ng import zlib_ng
 
     def run(data: memoryview) -> bytes | None:
-        stream = zlib.compressobj(level, zlib.DEFLATED, -WRITTEN_WINDOW_BITS, 9)
+        stream = zlib_ng.compressobj(level, zlib_ng.DEFLATED, -WRITTEN_WINDOW_BITS, 9)
         packed = stream.compress(data) + stream.flush()
         return packed if len(packed) < len(data) else None
 

@@ -285,8 +285,25 @@ class Mapping:
             raise
         return placements
 
-    def _in_place(self, word: int) -> bool:
-        return bool(word & COPIED) and not word & (COMPRESSED | ZERO)
+    def _owned(self, word: int) -> bool:
+        """Whether the cluster has a host cluster that nobody else refers to."""
+        return bool(word & COPIED and (word & OFFSET_MASK or self.data_file)) and not word & COMPRESSED
+
+    def _reserve_owned(self, words: array[int], index: int, count: int, offset: int, end: int) -> Placement:
+        """A run in space the clusters own: written in place, and linked anew if zero clusters are among them."""
+        size = self.cluster_size
+        guest = offset - (offset & (size - 1))
+        host = words[index] & OFFSET_MASK
+        run = 1
+        while run < count and self._owned(words[index + run]) and words[index + run] & OFFSET_MASK == host + run * size:
+            run += 1
+        stop = min(guest + run * size, end)
+        if not any(words[number] & ZERO for number in range(index, index + run)):
+            return Placement(offset, stop - offset, host + offset - guest)
+        # Around the request, a zero cluster is filled with zeroes; a plain one is left as it is.
+        start = guest if words[index] & ZERO else offset
+        behind = guest + run * size if words[index + run - 1] & ZERO else stop
+        return Placement(start, behind - start, host + start - guest, fresh=True, blank=True, token=SAME)
 
     def _reserve_plain(self, words: array[int], offset: int, end: int) -> Placement:
         """One run from ``offset``: in place, in its own space again, or freshly allocated."""
@@ -296,14 +313,8 @@ class Mapping:
         word = words[index]
         guest = offset >> bits << bits
         self._classify(word, guest)  # refuses what is corrupt before it is written to
-        if self._in_place(word):
-            host = word & OFFSET_MASK
-            run = 1
-            while run < count and self._in_place(words[index + run]) and words[index + run] & OFFSET_MASK == host + run * size:
-                run += 1
-            return Placement(offset, min(guest + run * size, end) - offset, host + offset - guest)
-        if word & ZERO and not word & COMPRESSED and word & COPIED and (word & OFFSET_MASK or self.data_file):
-            return Placement(guest, size, word & OFFSET_MASK, fresh=True, blank=True, token=SAME)
+        if self._owned(word):
+            return self._reserve_owned(words, index, count, offset, end)
         run = 1
         while run < count and self._needs_space(words[index + run]):
             run += 1
@@ -375,12 +386,20 @@ class Mapping:
         words, size = table.words, self.cluster_size
         assert words is not None
         index = placement.offset >> self.cluster_bits & self.l2_mask
+        if placement.token is SAME:
+            behind = ((placement.offset + placement.length - 1) >> self.cluster_bits & self.l2_mask) + 1
+            guest = placement.offset - (placement.offset & (size - 1))
+            for number in range(index, behind):
+                host = guest + (number - index) * size if self.data_file else words[number] & OFFSET_MASK
+                words[number] = host | COPIED
+            self.l2.mark(table, index * 8, behind * 8 - 1)
+            return
         count = placement.length >> self.cluster_bits
         old = words[index : index + count]
         entry = placement.host | COPIED
         words[index : index + count] = array("Q", range(entry, entry + count * size, size))
         self.l2.mark(table, index * 8, (index + count) * 8 - 1)
-        if placement.token is NEW and any(old):
+        if any(old):
             for word in old:
                 self.drop(word)
 
