@@ -241,7 +241,7 @@ class BlockCopy:
         node = target.node
         self._cluster = getattr(node, "cluster_size", 0)
         # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
-        self._unit = getattr(node, "write_unit", 1) if _is_power_of_two(settings.sparse) else 1
+        self._unit = getattr(node, "zero_unit", 1) if _is_power_of_two(settings.sparse) else 1
         exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._chunk = max(_PEER_CHUNK if exact else CHUNK, self._cluster if settings.compress else 0)
         self._exact = exact

@@ -123,11 +123,11 @@ def _window(disk: SourceDisk, layout: Layout, offset: int, length: int, salvage:
     starts = np.concatenate([start for start, _ in columns])
     actions = np.concatenate([action for _, action in columns])
     end = offset + length
-    if layout.keep_zeroes:
-        actions[actions == ZERO] = COPY
-    elif layout.over_backing and layout.backing_size >= 0:
+    if layout.over_backing and layout.backing_size >= 0:
         starts, actions = _cut(starts, actions, layout.backing_size, end)
         actions[(actions == ZERO) & (starts >= layout.backing_size)] = _SKIP
+    if layout.keep_zeroes:
+        actions[actions == ZERO] = COPY
     starts, actions = _joined(starts, actions)
     if layout.cluster:
         starts, actions = _whole_clusters(starts, actions, end, layout.cluster, disk.size)
