@@ -114,7 +114,9 @@ class RawNode(Node):
         self.stats.done(Stats.READ, len(buffer), started)
 
     def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        started = perf_counter_ns()
         self._file.readv_into(self.base + offset, buffers)
+        self.stats.done(Stats.READ, sum(map(len, buffers)), started)
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         started = perf_counter_ns()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from ..catalog import PROBE_SIZE, Driver, by_prefix, driver, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NotFound, printable
 from ..options import Option, OptionSet, OptionValues, convert, parse_json, unflatten
+from .chain import skip_filters
 from .node import Node
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class Opener:
         try:
             top = self.open(spec, flags, driver_name=driver_name)
             if not flags.no_backing:
-                self._open_backing_files(top)
+                self._open_backing_files()
             return top
         except BaseException:
             self._undo()
@@ -350,24 +351,23 @@ class Opener:
 
     # -- the chain --------------------------------------------------------------------------------
 
-    def _open_backing_files(self, top: Node) -> None:
-        seen = {self._identity(top)} - {None}
-        node: Node | None = top
-        depth = 1
-        while node is not None:
+    def _open_backing_files(self) -> None:
+        """Open what lies below every node made here, layer by layer; the list grows while it is walked."""
+        chains: dict[Node, set[object]] = {}
+        for node in self._created:
             below = self._open_backing(node)
-            if below is not None:
-                depth += 1
-                if depth > CHAIN_LIMIT:
-                    raise ImageError(f"the backing chain is longer than {CHAIN_LIMIT} layers", where=top.filename)
-                identity = self._identity(below)
-                if identity is not None and identity in seen:
-                    raise ImageError(f"the backing chain contains {below.filename!r} twice", where=top.filename)
-                seen.add(identity)
-                self.graph.attach(node, "backing", below, "backing")
-            node = below
-            if node is None:
-                break
+            if below is None:
+                continue
+            seen = chains.setdefault(node, {self._identity(node)})
+            if len(seen) >= CHAIN_LIMIT:
+                raise ImageError(f"the backing chain is longer than {CHAIN_LIMIT} layers", where=node.filename)
+            identity = self._identity(below)
+            if identity in seen:
+                raise ImageError(f"the backing chain contains {below.filename!r} twice", where=node.filename)
+            # Nodes without a file of their own count as well.
+            seen.add(identity if identity is not None else below)
+            chains[skip_filters(below)] = seen
+            self.graph.attach(node, "backing", below, "backing")
 
     @staticmethod
     def _identity(node: Node) -> object:
