@@ -164,6 +164,10 @@ class FormatNode(Node):
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         engine.write(self, offset, buffer, flags)
 
+    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+        # One request: pieces of a cluster written one by one would each copy the rest of it.
+        engine.write(self, offset, buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers)), flags)
+
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         engine.write_zeroes(self, offset, length, flags)
 
