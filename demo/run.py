@@ -244,7 +244,7 @@ def run(program: str, *arguments: str, shown: str = "", limit: int = 0, live: bo
 
 def find(program: str) -> str:
     """The program beside this interpreter, else the one on the search path."""
-    beside = Path(sys.executable).with_name(program)
+    beside = Path(sys.executable).parent / program  # an absolute name stays as it is
     return str(beside) if beside.exists() else program
 
 
