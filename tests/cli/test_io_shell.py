@@ -303,7 +303,7 @@ def test_requests_keep_their_order(io, disk: Path) -> None:  # type: ignore[no-u
 
 
 def test_failures_of_requests_beside_the_shell(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
-    config = "inject-error.0.event=write_aio,inject-error.0.errno=28,inject-error.0.iotype=write"
+    config = "inject-error.0.event=pwritev,inject-error.0.errno=28,inject-error.0.iotype=write"
     done = io(
         "--image-opts",
         *commands("aio_write 0 1k", "aio_flush", "aio_read -P 1 0 1k", "aio_flush", "write 0 1k"),
