@@ -158,11 +158,14 @@ class ExtentMap:
         use = upper.kind == UNALLOCATED
         merged = below.take(np.minimum(index, len(below) - 1))
 
-        def pick(name: str) -> NDArray[np.int64]:
-            return np.where(use, getattr(merged, name), getattr(upper, name))
-
-        return ExtentMap(upper.offset, upper.length, pick("kind").astype(np.uint8), pick("host"),
-                         pick("source").astype(np.int16), pick("depth").astype(np.int16))  # fmt: skip
+        return ExtentMap(
+            upper.offset,
+            upper.length,
+            np.where(use, merged.kind, upper.kind),
+            np.where(use, merged.host, upper.host),
+            np.where(use, merged.source, upper.source),
+            np.where(use, merged.depth, upper.depth),
+        )
 
     def bytes_of(self, *kinds: int) -> int:
         """Total length of the extents of these kinds."""

@@ -67,7 +67,6 @@ class Qcow2Node(FormatNode):
         self.table_span = 1 << self.mapping.span_bits
         self.refcounts: Refcounts | None = None
         self.report = file.debug_event if file.takes_events else None
-        self._data_pending = False
         self._writing = False
         self._freed: list[tuple[int, int]] = []
         self._dropping = "other"
@@ -96,6 +95,11 @@ class Qcow2Node(FormatNode):
     @property
     def compression_name(self) -> str:
         return layout.COMPRESSION_NAMES[self.header.compression_type]
+
+    @property
+    def dirty(self) -> bool:
+        """Not shut down cleanly: the next writable open rebuilds the reference counts."""
+        return bool(self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY)
 
     @property
     def has_zero_init(self) -> bool:
@@ -184,7 +188,6 @@ class Qcow2Node(FormatNode):
         return self.mapping.reserve(offset, length)
 
     def publish(self, placements: Sequence[Placement]) -> None:
-        self._data_pending = True
         self._guarded(lambda: self.mapping.publish(list(placements)))
 
     def cancel(self, placements: Sequence[Placement]) -> None:
@@ -244,7 +247,6 @@ class Qcow2Node(FormatNode):
         return hosts
 
     def publish_compressed(self, offset: int, hosts: Sequence[int], lengths: Sequence[int]) -> None:
-        self._data_pending = True
         self._guarded(lambda: self.mapping.publish_compressed(offset, list(hosts), list(lengths)))
 
     def cancel_compressed(self, hosts: Sequence[int], lengths: Sequence[int]) -> None:
@@ -280,27 +282,23 @@ class Qcow2Node(FormatNode):
         if refcounts is None:
             return
         frees, refcounts.ready = refcounts.ready, []
-        wrote = refcounts.write_back()
+        refcounts.write_back()
+        # A flush with nothing to flush costs nothing; what an earlier round wrote may still be on its way.
         if mapping.dirty:
-            if wrote or self._data_pending:
-                self._flush_data()
-            wrote = bool(mapping.l2.write_dirty())
-            if mapping.l1_dirty:
-                if wrote:
-                    self.file.flush()
-                mapping.write_l1()
-            wrote = True
-        if frees:
-            if wrote:
+            self._flush_data()
+            if mapping.l2.write_dirty() and mapping.l1_dirty:
                 self.file.flush()
+            if mapping.l1_dirty:
+                mapping.write_l1()
+        if frees:
+            self.file.flush()
             self._lower(frees)
 
     def _flush_data(self) -> None:
-        """Everything L2 tables are about to name is on disk: refcounts, and data copied into new clusters."""
+        """Everything L2 tables are about to name is on disk: refcounts, and data in new clusters."""
         if self.data_file is not None:
             self.data_file.flush()
         self.file.flush()
-        self._data_pending = False
 
     def _lower(self, frees: list[tuple[int, int, str]]) -> None:
         refcounts = self.refcounts
@@ -344,6 +342,11 @@ class Qcow2Node(FormatNode):
         from .check import check_image
 
         return check_image(self, control, fix)
+
+    def has_holes(self) -> bool:
+        from .sparseness import has_holes
+
+        return has_holes(self)
 
     def format_info(self) -> dict[str, object]:
         from .opening import describe
