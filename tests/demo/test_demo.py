@@ -49,9 +49,7 @@ def filled(load, size: int) -> tuple[Memory, dict[str, bytes]]:
     files = {
         f"/some/where/{number:03}-{'x' * (number % 40)}": bytes([number]) * (number * 701) for number in range(150)
     }
-    files["/large"] = b"".join(
-        struct.pack("<Q", number) for number in range(800_000)
-    )  # reaches the double indirect block
+    files["/large"] = b"".join(struct.pack("<Q", number) for number in range(800_000))  # double indirect
     for path, data in files.items():
         system.write_file(path, data)
     system.make_symlink("/link", "some/where")
@@ -66,7 +64,7 @@ def filled(load, size: int) -> tuple[Memory, dict[str, bytes]]:
     return device, files
 
 
-@pytest.mark.parametrize("size", [24 << 20, (129 << 20) + 4096])
+@pytest.mark.parametrize("size", [24 << 20, (140 << 20) + 4096])
 def test_files_are_read_back(load, size: int) -> None:
     device, files = filled(load, size)
     again = load("ext2").Ext2(device)
@@ -74,7 +72,7 @@ def test_files_are_read_back(load, size: int) -> None:
     assert all(again.read_file(path) == data for path, data in files.items())
 
 
-@pytest.mark.parametrize("size", [24 << 20, (129 << 20) + 4096])
+@pytest.mark.parametrize("size", [24 << 20, (140 << 20) + 4096])
 def test_the_checker_accepts_the_file_system(load, tmp_path: Path, size: int) -> None:
     checker = shutil.which("e2fsck") or shutil.which("e2fsck", path="/usr/sbin:/sbin")
     if not checker:
