@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..graph.holes import Holes
     from ..graph.node import Node
     from ..image import Image
     from ..io.extentmap import ExtentMap
@@ -120,9 +121,10 @@ def rows(image: Image, start: int, end: int, names: list[str]) -> Iterator[Rows]
 
     layers = chain.layers(image.node)
     index = _FileNames(layers, names)
+    holes = _holes(layers)
     held: Rows | None = None  # the last row, which the next window may continue
     for offset, length in chain.windows(start, end, chain.window_size(image.node)):
-        found = _classified(image.extents(offset, length), layers, index)
+        found = _classified(image.extents(offset, length), layers, index, holes)
         if held is not None:
             found = Rows.joined(held, found)
         found = found.merged()
@@ -151,7 +153,20 @@ class _FileNames:
             self.of.append(numbers)
 
 
-def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames) -> Rows:
+def _holes(layers: list[Node]) -> list[tuple[int, int, Holes]]:
+    """(depth, data child, holes of its file) for the layers whose data may lie in holes."""
+    from ..formats.abilities import HasHoles
+    from ..graph.holes import Holes
+
+    return [
+        (depth, source, Holes(edge.node))
+        for depth, layer in enumerate(layers)
+        if isinstance(layer, HasHoles) and layer.has_holes()
+        for source, edge in enumerate(getattr(layer, "sources", ()))
+    ]
+
+
+def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes: list[tuple[int, int, Holes]]) -> Rows:
     """What the extents look like from outside."""
     import numpy as np
 
@@ -160,6 +175,11 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames) -> Ro
     sizes = np.array([layer.size for layer in layers], np.int64)
     if len(layers) > 1:
         extents = extents.split_at(np.unique(sizes[1:]))
+    in_holes = np.zeros(len(extents), np.bool_)
+    for level, source, found in holes:
+        of_file = (extents.kind == DATA) & (extents.host >= 0) & (extents.depth == level) & (extents.source == source)
+        if of_file.any():
+            extents, in_holes = _cut(extents, in_holes, of_file, found)
     depth = extents.depth.astype(np.int64)
     present = extents.kind != UNALLOCATED
     # What no layer holds belongs to the base.
@@ -172,14 +192,26 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames) -> Ro
     zero = (extents.kind == ZERO) | ~present
     placed = present & (extents.host >= 0) & (extents.kind != COMPRESSED)
     kind = np.where(zero, _ZERO, _DATA).astype(np.int64)
+    kind |= np.where(in_holes, _ZERO, 0)
     kind |= np.where(extents.kind == COMPRESSED, _COMPRESSED, 0)
     kind |= np.where(present, _PRESENT, 0) | np.where(placed, _HAS_OFFSET, 0)
-    kind = np.where((extents.kind == DATA) | (extents.kind == COMPRESSED) | zero, kind, 0)
     file = np.full(len(extents), -1, np.int64)
     for level, numbers in enumerate(index.of):
         for source, number in enumerate(numbers):
             file[placed & (depth == level) & (extents.source == source)] = number
     return Rows(extents.offset, extents.length, kind, depth, np.where(placed, extents.host, 0), file)
+
+
+def _cut(
+    extents: ExtentMap, known: NDArray[np.bool_], chosen: NDArray[np.bool_], holes: Holes
+) -> tuple[ExtentMap, NDArray[np.bool_]]:
+    """``extents`` cut at the holes under the ``chosen`` rows, and which rows lie in holes; ``known`` are kept."""
+    import numpy as np
+
+    before = extents.offset
+    extents, found = holes.split(extents, chosen)
+    owner = np.searchsorted(before, extents.offset, "right") - 1
+    return extents, known[owner] | found
 
 
 # -- printing -------------------------------------------------------------------------------------

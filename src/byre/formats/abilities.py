@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from ..jobs.job import Control
 
-__all__ = ["BackingChangeable", "CheckResult", "Checkable", "HasCompression", "HasFormatInfo"]
+__all__ = ["BackingChangeable", "CheckResult", "Checkable", "HasCompression", "HasFormatInfo", "HasHoles"]
 
 
 class CheckResult(NamedTuple):
@@ -54,6 +54,12 @@ class Checkable(Protocol):
 class HasFormatInfo(Protocol):
     def format_info(self) -> dict[str, object]:
         """The ``data`` of ``format-specific`` in ``info --output json``, keys in the peer's order."""
+
+
+@runtime_checkable
+class HasHoles(Protocol):
+    def has_holes(self) -> bool:
+        """Whether what it calls data may lie in holes of the file below, so that a look there is worthwhile."""
 
 
 @runtime_checkable

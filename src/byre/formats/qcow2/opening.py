@@ -170,12 +170,12 @@ def describe(node: Qcow2Node) -> dict[str, object]:
     if bitmaps:
         result["bitmaps"] = bitmaps
     result["refcount-bits"] = 1 << header.refcount_order
-    result["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
     data_file = layout.find_extension(node.extensions, layout.EXTENSION_DATA_FILE)
     if header.has_data_file:
         if data_file:
             result["data-file"] = os.fsdecode(data_file)
         result["data-file-raw"] = header.raw_data_file
+    result["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
     result["extended-l2"] = header.extended_l2
     return _with_encryption(result, header)
 
