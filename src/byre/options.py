@@ -18,6 +18,8 @@ __all__ = ["Option", "OptionSet", "OptionValues", "flatten", "parse_json", "pars
 
 JSON_LIMIT: Final = 4096
 JSON_DEPTH: Final = 8
+NESTING_LIMIT: Final = 32
+"""Groups within groups, however written: nodes are opened by recursion over them."""
 
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
@@ -115,11 +117,11 @@ def convert(option: Option, value: object) -> object:
             return False
         raise InvalidArgument(f"option {option.name!r} is {value!r}: expected 'on' or 'off'")
     if kind in ("size", "int"):
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
             return value
         if isinstance(value, str):
             return parse_size(value, f"value of option {option.name!r}:") if kind == "size" else _integer(option, value)
-        raise InvalidArgument(f"option {option.name!r} is {value!r}: expected a number that is not negative")
+        raise InvalidArgument(f"option {option.name!r} is {value!r}: {_NUMBER}")
     if not isinstance(value, str):
         raise InvalidArgument(f"option {option.name!r} is {value!r}: expected a text")
     if kind == "enum" and value not in option.choices:
@@ -127,13 +129,16 @@ def convert(option: Option, value: object) -> object:
     return value
 
 
+_NUMBER: Final = "expected a number that is not negative and has at most 64 bits"
+
+
 def _integer(option: Option, text: str) -> int:
     try:
-        number = int(text, 0)
+        number = int(text, 16 if text[:2] in ("0x", "0X") else 10) if text.isascii() and text.isalnum() else -1
     except ValueError:
         number = -1
-    if number < 0:
-        raise InvalidArgument(f"option {option.name!r} is {text!r}: expected a number that is not negative")
+    if not 0 <= number < 1 << 64:
+        raise InvalidArgument(f"option {option.name!r} is {text[:40]!r}: {_NUMBER}")
     return number
 
 
@@ -146,7 +151,7 @@ def split_keyval(text: str) -> list[str]:
 
 
 def parse_keyval(text: str, *, implied: str = "") -> dict[str, str]:
-    """A flat dict from ``key=value,key=value``; ``key`` alone means ``key=on``, ``nokey`` alone ``key=off``.
+    """A flat dict from ``key=value,key=value``; ``key`` alone means ``key=on``.
 
     :param implied: the key of a first part that has no ``=``
     """
@@ -168,31 +173,36 @@ def parse_keyval(text: str, *, implied: str = "") -> dict[str, str]:
     return result
 
 
-def unflatten(flat: Mapping[str, object]) -> dict[str, object]:
+def unflatten(flat: Mapping[str, object], depth: int = 0) -> dict[str, object]:
     """Nested dicts from dotted keys: ``{"file.driver": "nbd"}`` becomes ``{"file": {"driver": "nbd"}}``.
 
-    A dict whose keys are 0, 1, 2, ... becomes a list.
+    Lists stay as they are; a list in dotted keys stays a dict with the keys 0, 1, 2, ...
 
-    :raises InvalidArgument: a key is used both as a value and as a parent
+    :param depth: groups around these
+    :raises InvalidArgument: a key is used both as a value and as a parent, or more than 32 groups are nested
     """
     root: dict[str, object] = {}
     for dotted, value in flat.items():
-        parts = dotted.split(".")
-        here = root
-        for part in parts[:-1]:
-            below = here.setdefault(part, {})
-            if not isinstance(below, dict):
-                raise InvalidArgument(f"option {dotted!r}: {part!r} is given as a value as well")
-            here = below
-        if parts[-1] in here and isinstance(here[parts[-1]], dict) and not isinstance(value, dict):
-            raise InvalidArgument(f"option {dotted!r} is given as a value and as a group")
-        if isinstance(value, dict):
-            value = unflatten(value)
-            below = here.get(parts[-1])
-            if isinstance(below, dict):
-                value = {**below, **value}
-        here[parts[-1]] = value
+        first, *rest = dotted.split(".")
+        if depth + len(rest) >= NESTING_LIMIT:
+            raise InvalidArgument(f"option {dotted[:40]!r}... is nested too deep, allowed are {NESTING_LIMIT} groups")
+        nested: object = unflatten(value, depth + 1 + len(rest)) if isinstance(value, dict) else value
+        for part in reversed(rest):
+            nested = {part: nested}
+        _merge(root, {first: nested}, dotted)
     return root
+
+
+def _merge(into: dict[str, object], more: Mapping[str, object], dotted: str) -> None:
+    """Add ``more``, group by group; ``dotted`` is named in the refusal."""
+    for key, value in more.items():
+        below = into.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _merge(below, value, dotted)
+        elif key in into and isinstance(below, dict) != isinstance(value, dict):
+            raise InvalidArgument(f"option {dotted!r}: {key!r} is given as a value and as a group")
+        else:
+            into[key] = value
 
 
 def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -222,11 +232,17 @@ def parse_json(text: str, what: str = "name") -> dict[str, object]:
             raise InvalidArgument(f"JSON {what} holds the number {digits[:24]}, allowed are 64 bits")
         return int(digits)
 
+    def real(digits: str) -> float:
+        number = float(digits)
+        if not -1e308 < number < 1e308:
+            raise InvalidArgument(f"JSON {what} holds the number {digits[:24]}, allowed are 64 bits")
+        return number
+
     text, deepest = _plain_json(text)
     if deepest > JSON_DEPTH:
         raise InvalidArgument(f"JSON {what} is nested {deepest} deep, allowed are {JSON_DEPTH}")
     try:
-        value = json.loads(text, parse_int=integer)
+        value = json.loads(text, parse_int=integer, parse_float=real, parse_constant=real)
     except ValueError as error:
         raise InvalidArgument(f"JSON {what} cannot be parsed: {error}") from None
     if not isinstance(value, dict):

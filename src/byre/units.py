@@ -37,9 +37,9 @@ def parse_size(text: str, what: str = "size") -> int:
     suffix = stripped[len(digits) :].upper()
     unit = _SUFFIXES.get(suffix[:1]) if suffix in _SUFFIXES or suffix[1:] in ("B", "IB") else None
     bad = InvalidArgument(
-        f"invalid {what} {text!r}: expected a number of bytes, optionally with a suffix k, M, G, T, P or E"
+        f"invalid {what} {text[:40]!r}: expected a number of bytes, optionally with a suffix k, M, G, T, P or E"
     )
-    if unit is None or not digits or digits[0] in "+-_" or "_" in digits:
+    if unit is None or not digits or digits[0] in "+-" or "_" in digits or not digits.isascii():
         raise bad
     try:
         if digits.lower().startswith("0x"):
@@ -56,7 +56,7 @@ def parse_size(text: str, what: str = "size") -> int:
     except ValueError:
         raise bad from None
     if value >= 1 << 64:
-        raise InvalidArgument(f"invalid {what} {text!r}: larger than 2^64 - 1 bytes")
+        raise InvalidArgument(f"invalid {what} {text[:40]!r}: larger than 2^64 - 1 bytes")
     return value
 
 

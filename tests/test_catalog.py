@@ -1,0 +1,41 @@
+"""The catalog: probing, and rows that keep their promises."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from byre.catalog import CATALOG, by_prefix, driver, formats, probe
+from byre.errors import InvalidArgument
+from byre.options import OptionSet
+
+
+def test_every_row_leads_to_a_driver() -> None:
+    assert len({row.name for row in CATALOG}) == len(CATALOG)
+    for row in CATALOG:
+        module = import_module(row.module)
+        assert isinstance(module.OPTIONS, OptionSet)
+        assert callable(module.open_node)
+        assert ("c" in row.abilities) == hasattr(module, "create") or row.name == "host_device"
+        assert row.kind in ("protocol", "format", "filter")
+        assert row.summary
+        if row.prefix:
+            found = by_prefix(row.prefix)
+            assert found is row
+
+
+def test_probing() -> None:
+    assert probe(b"").name == "raw"
+    assert probe(bytes(2048)).name == "raw"
+    assert probe(b"QFI\xfb\0\0\0\3" + bytes(100)).name == "qcow2"
+    assert probe(b"QFI\xfb\0\0\0\2").name == "qcow2"
+    assert probe(b"QFI\xfb\0\0\0").name == "raw"  # cut short
+    assert probe(b"QFI\xfb\0\0\0\x09" + bytes(100)).name == "raw"
+    assert probe(b"\0" + b"QFI\xfb\0\0\0\3").name == "raw"
+
+
+def test_an_unknown_driver_says_where_the_list_is() -> None:
+    with pytest.raises(InvalidArgument, match=r"unknown driver 'vmkd'; byre formats"):
+        driver("vmkd")
+    assert {row.name for row in formats()} >= {"raw", "qcow2"}
