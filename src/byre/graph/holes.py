@@ -36,7 +36,7 @@ class Holes:
             behind = np.array([size, np.iinfo(np.int64).max], np.int64)
             starts = np.concatenate((found.offset, behind[:1]))
             ends = np.concatenate((found.offset + found.length, behind[1:]))
-            self._edges = starts, ends, np.append(found.kind != DATA, True)
+            self._edges = starts, ends, np.concatenate((found.kind != DATA, [True]))
         return self._edges
 
     def split(self, extents: ExtentMap, rows: NDArray[np.bool_]) -> tuple[ExtentMap, NDArray[np.bool_]]:
@@ -54,8 +54,9 @@ class Holes:
         piece = first[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
         cut = extents.take(owner)
         chosen = rows[owner]
-        begin = np.where(chosen, np.maximum(cut.host, starts[piece]), cut.host)
-        end = np.where(chosen, np.minimum(cut.host + cut.length, ends[piece]), cut.host + cut.length)
-        cut.offset = cut.offset + (begin - cut.host)
-        cut.host, cut.length = begin, end - begin
+        before, behind = cut.host, cut.host + cut.length
+        begin: NDArray[np.int64] = np.where(chosen, np.maximum(before, starts[piece]), before)
+        cut.offset = cut.offset + (begin - before)
+        cut.host = begin
+        cut.length = np.where(chosen, np.minimum(behind, ends[piece]), behind) - begin
         return cut, chosen & hole[piece]
