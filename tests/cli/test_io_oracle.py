@@ -317,3 +317,27 @@ def test_options(options, format, tmp_path, capsys, qemu_img, qemu_io):  # type:
     if options == ["-s"]:
         script.remove("map")  # the overlay is ours and theirs: same size, other clusters
     compare(tmp_path, capsys, qemu_img, qemu_io, format, script, *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "compat=0.10",
+        "cluster_size=512",
+        "extended_l2=on,cluster_size=16k",
+        "lazy_refcounts=on",
+        "refcount_bits=64",
+        "compression_type=zstd",
+        "cluster_size=2M",
+    ],
+)
+def test_info_and_map_of_qcow2_variants(options, tmp_path, capsys, qemu_img, qemu_io):  # type: ignore[no-untyped-def]
+    disk, base = tmp_path / "disk", tmp_path / "base"
+    qemu_img("create", "-f", "raw", base, "3M")
+    qemu_img("create", "-f", "qcow2", "-o", options, "-b", base, "-F", "raw", disk, "5M")
+    qemu_io("-f", "qcow2", "-c", "write 10k 100k", "-c", "write -z 1M 70k", "-c", "discard 64k 64k", disk)
+    arguments = ["-f", "qcow2", *(word for line in ("info", "map", "alloc 0 5M", "length") for word in ("-c", line))]
+    expected = qemu_io(*arguments, disk)
+    capsys.readouterr()
+    assert main([*arguments, str(disk)], "qemu-io") == 0
+    assert capsys.readouterr().out == expected.stdout

@@ -73,6 +73,12 @@ def test_end_of_input_without_a_line_end(disk: Path) -> None:
     assert (done.stdout, done.returncode) == ("qemu-io> 1 MiB\nqemu-io> ", 0)
 
 
+def test_closed_standard_input(disk: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", _ENTRY, "-f", "raw", str(disk)]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "qemu-io> ", "")
+
+
 def test_a_line_may_be_long_and_hold_any_byte(disk: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _ENTRY], input=b"\xff\x1b[31m " + b"x" * 5000 + b"\n", capture_output=True, check=False
@@ -195,6 +201,16 @@ def test_writes_from_a_file(io, disk: Path, tmp_path: Path) -> None:  # type: ig
     (tmp_path / "source").write_bytes(b"0123456789")
     assert io("-f", "raw", "-c", f"write -s {tmp_path / 'source'} 512 25", disk).code == 0
     assert disk.read_bytes()[510:540] == b"\0\0" + b"0123456789" * 2 + b"01234" + bytes(3)
+
+
+def test_a_temporary_overlay_takes_all_changes(io, disk: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    script = commands("write -P 5 0 64k", "read -P 5 0 64k", "read -P 0 64k 64k")
+    assert io("-s", "-f", "raw", *script, disk).code == 0
+    assert io(*commands(f"open -s -o driver=raw {disk}"), *script).code == 0
+    assert not any(disk.read_bytes())
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 # -- requests beside the shell ---------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Lines:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self._buffer = b""
-        self._ended = False
+        self._ended = sys.stdin is None  # closed: number 0 may be the image by now
         self._edit: Callable[[str], str] | None = None
         if sys.stdin is not None and sys.stdin.isatty():
             self._edit = self._editor()
