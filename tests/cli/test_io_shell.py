@@ -274,6 +274,29 @@ def test_waiting_for_a_held_request_ends_with_an_error(io, disk: Path) -> None: 
     assert disk.read_bytes()[:1024] == b"\xcd" * 1024
 
 
+def test_a_request_that_waits_for_a_held_one_keeps_no_other_waiting(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
+    # Blocks of 4 KiB: the second request overlaps the first, which is held, and the third the second alone.
+    done = io(
+        *commands(
+            f"open -o driver=raw,file.align=4k blkdebug::{disk}",
+            "break pwritev_rmw_after_tail A",
+            "aio_write -P 1 0xa000 0x200",
+            "wait_break A",
+            "aio_write -P 2 0xa800 0x1000",
+            "aio_write -P 3 0xbe00 0x200",
+            "sleep 50",
+            "resume A",
+            "aio_flush",
+            "read -P 1 0xa000 0x200",
+            "read -P 2 0xa800 0x1000",
+            "read -P 3 0xbe00 0x200",
+        )
+    )
+    assert done.code == 0, done.out
+    wrote = [line.split()[-1] for line in done.out.splitlines() if line.startswith("wrote")]
+    assert wrote == [str(0xBE00), str(0xA000), str(0xA800)]
+
+
 def test_remove_break_lets_go(io, disk: Path) -> None:  # type: ignore[no-untyped-def]
     done = io(
         "-f",
