@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, runtime_checkable
 from ..errors import ByreError, NotSupported
 from ..io import workers
 from ..io.buffers import aligned_buffer, zero_fill
+from ..io.sparse import data_runs
 from ..units import MIB, SECTOR, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ..image import Image
     from .job import Control
 
-__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Segment", "SourceDisk", "data_runs"]
+__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Segment", "SourceDisk"]
 
 COPY: Final = 0
 ZERO: Final = 1
@@ -117,80 +115,6 @@ class SourceDisk:
             position += length
 
 
-def data_runs(buffer: memoryview, offset: int, sparse: int, unit: int = 1) -> list[tuple[int, int, bool]]:
-    """``(start, length, is_data)`` runs that cover ``buffer``, which holds the disk from ``offset``.
-
-    Zero runs at the buffer's ends count at any length, inner ones from ``sparse`` bytes on. Looked at in blocks
-    of ``sparse`` rounded down to a power of two, aligned on the disk, so that a write begins and ends on such
-    a boundary. Data grows to multiples of ``unit``, the target's unit of allocation.
-
-    :param sparse: bytes, a multiple of 512; 0 takes everything for data
-    """
-    length = len(buffer)
-    if not sparse:
-        return [(0, length, True)]
-    block = 1 << (sparse.bit_length() - 1)
-    edges, zero = _zero_blocks(buffer, offset, block)
-    if not zero.any():
-        return [(0, length, True)]
-    if zero.all():
-        return [(0, length, False)]
-    return _join_runs(edges, zero, sparse, offset, unit)
-
-
-def _zero_blocks(buffer: memoryview, offset: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(block edges within the buffer, whether each block is all zeroes); the first and last may be partial."""
-    import numpy as np
-
-    length = len(buffer)
-    head = min(-offset % block, length)
-    count = (length - head) // block
-    tail = head + count * block
-    edges = [0] if head else []
-    flags: list[bool] = []
-    if head:
-        flags.append(not np.frombuffer(buffer[:head], np.uint8).any())
-    middle = np.zeros(0, np.bool_)
-    if count:
-        words = np.frombuffer(buffer[head:tail], np.uint64).reshape(count, block // 8)
-        middle = np.bitwise_or.reduce(words, axis=1) == 0
-    last = [not np.frombuffer(buffer[tail:], np.uint8).any()] if tail < length else []
-    zero = np.concatenate((np.array(flags, np.bool_), middle, np.array(last, np.bool_)))
-    inner = np.arange(count, dtype=np.int64) * block + head
-    bounds = np.concatenate((np.array(edges, np.int64), inner, np.array([tail] if last else [], np.int64), [length]))
-    return bounds, zero
-
-
-def _join_runs(edges: NDArray[np.int64], zero: NDArray[np.bool_], sparse: int, offset: int,
-               unit: int) -> list[tuple[int, int, bool]]:  # fmt: skip
-    """Runs of like blocks; short inner zero runs become data, data grows to ``unit``."""
-    import numpy as np
-
-    cuts = np.flatnonzero(zero[1:] != zero[:-1]) + 1
-    starts = edges[np.concatenate(([0], cuts))]
-    stops = np.append(starts[1:], edges[-1])
-    first_zero = bool(zero[0])
-    data_start, data_stop = (starts[1::2], stops[1::2]) if first_zero else (starts[::2], stops[::2])
-    length = int(edges[-1])
-    if unit > 1:
-        data_start = np.maximum((data_start + offset) // unit * unit - offset, 0)
-        data_stop = np.minimum(-(-(data_stop + offset) // unit) * unit - offset, length)
-    least = min(sparse, length) if unit == 1 else 1
-    apart = data_start[1:] - data_stop[:-1] >= least
-    data_start = data_start[np.concatenate(([True], apart))]
-    data_stop = data_stop[np.concatenate((apart, [True]))]
-    runs: list[tuple[int, int, bool]] = []
-    position = 0
-    for start, stop in zip(data_start.tolist(), data_stop.tolist(), strict=True):
-        if start > position:
-            runs.append((position, start - position, False))
-        runs.append((start, stop - start, True))
-        position = stop
-    if position < length:
-        runs.append((position, length - position, False))
-    return runs
-
-
 class _Task(NamedTuple):
     """Segments handled together. ``counted`` is what progress advances by."""
 
@@ -242,6 +166,7 @@ class BlockCopy:
         self._cluster = getattr(node, "cluster_size", 0)
         # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
         self._unit = getattr(node, "zero_unit", 1) if _is_power_of_two(settings.sparse) else 1
+        self._alignment = node.limits.request_alignment
         exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._chunk = max(_PEER_CHUNK if exact else CHUNK, self._cluster if settings.compress else 0)
         self._exact = exact
@@ -325,7 +250,7 @@ class BlockCopy:
             view = buffer[position : position + length]
             position += length
             self._read(offset, view)
-            for start, size, is_data in data_runs(view, offset, self.settings.sparse, self._unit):
+            for start, size, is_data in data_runs(view, offset, self.settings.sparse, self._unit, self._alignment):
                 writes.append(_Write(offset + start, size, view[start : start + size] if is_data else None))
         return buffer, writes
 

@@ -1,0 +1,106 @@
+"""Progress: a bar on a terminal, the peer's lines elsewhere, a line when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from byre.cli.progress import Display, mode_for
+from byre.jobs.job import Control
+
+COMMAND = [sys.executable, "-c", "from byre.cli.main import entry; entry()"]
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> list[str]:
+    """Arguments of a conversion that takes a second or two."""
+    (tmp_path / "a").write_bytes(os.urandom(4 << 20))
+    return ["convert", "-r", "3M", "-f", "raw", str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_terminal_gets_a_bar(slow: list[str]) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([*COMMAND, *slow, "-p"], stdout=follower, stderr=subprocess.PIPE,
+                               env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})  # fmt: skip
+    os.close(follower)
+    shown = b""
+    while select.select([leader], [], [], 20)[0]:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(20) == 0
+    os.close(leader)
+    assert b"convert" in shown
+    assert b"MiB" in shown
+    assert b"100%" in shown
+
+
+def test_sigusr1_prints_a_line(slow: list[str]) -> None:
+    process = subprocess.Popen([*COMMAND, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 20
+    while not Path(slow[-1]).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert out == b""
+    assert err.startswith(b"    (")
+    assert err.endswith(b"/100%)\n")
+
+
+def test_rich_is_loaded_only_for_a_bar(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    code = (
+        "import sys; from byre.cli.main import main; "
+        f"main(['convert', '-p', '-f', 'raw', {str(tmp_path / 'a')!r}, {str(tmp_path / 'b')!r}]); "
+        "sys.exit('rich' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_modes() -> None:
+    assert mode_for(False, "", False) == "none"
+    assert mode_for(True, "", False) == "text"
+    assert mode_for(True, "json", False) == "json"
+    assert mode_for(True, "json", True) == "none"
+
+
+def test_text_prints_at_each_step(capsys: pytest.CaptureFixture[str]) -> None:
+    control = Control(200)
+    with Display(control, "job", "text", least=10.0):
+        for _ in range(4):
+            control.advance(50)
+            time.sleep(0.25)
+    out = capsys.readouterr().out
+    assert out.startswith("    (0.00/100%)\r")
+    assert "    (50.00/100%)\r" in out
+    assert out.endswith("    (100.00/100%)\r\n")
+
+
+def test_a_failure_does_not_claim_to_be_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError), Display(Control(200), "job", "text"):
+        raise ValueError
+    assert "100.00" not in capsys.readouterr().out
+
+
+def test_json_comes_even_where_nothing_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(Control(200), "job", "json"):
+        time.sleep(1.4)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert [line["offset"] for line in lines] == [0, 0, 200]
+    assert lines[0] == {"job": "job", "offset": 0, "total": 200, "rate": 0, "eta": None}
