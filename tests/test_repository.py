@@ -158,7 +158,7 @@ WORDS = {
 HELP = {*STANDARD, *WORDS, "byre.cli.refusals"}
 GRAPH = {
     "byre.graph", "byre.graph.child", "byre.graph.graph", "byre.graph.node", "byre.graph.opening",
-    "byre.io", "byre.io.extent", "byre.io.buffers", "byre.protocols", "byre.protocols.",
+    "byre.graph.chain", "byre.io", "byre.io.extent", "byre.io.buffers", "byre.protocols", "byre.protocols.",
 }  # fmt: skip
 RECORDS = {
     "byre.formats", "byre.formats.abilities", "byre.formats.raw", "byre.formats.qcow2",
@@ -169,7 +169,7 @@ CREATE = {
     *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.create", "byre.graph.creating", "byre.formats.qcow2.creation",
 }  # fmt: skip
 INFO = {
-    *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.info", "byre.cli.output", "byre.image", "byre.graph.chain",
+    *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.info", "byre.cli.output", "byre.image",
     "byre.io.engine", "byre.io.inflight", "byre.io.tables", "byre.formats.base", "byre.formats.qcow2.image",
     "byre.formats.qcow2.mapping", "byre.formats.qcow2.opening", "byre.formats.qcow2.refcounts",
 }  # fmt: skip

@@ -404,7 +404,8 @@ class Image:
         """
         from .graph.reopening import reopen
 
-        reopen(self, read_only=read_only, cache=cache, options=options or {})
+        flags = None if cache is None else cache_flags(cache)
+        reopen(self, read_only=read_only, cache=flags, options=options or {})
 
     def close(self) -> None:
         """Write everything back and let go. Closing twice is fine.

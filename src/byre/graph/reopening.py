@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["reopen"]
 
 
-def reopen(image: Image, *, read_only: bool | None, cache: str | None, options: Mapping[str, object]) -> None:
-    """See :meth:`byre.image.Image.reopen`."""
-    from ..image import cache_flags
+def reopen(
+    image: Image, *, read_only: bool | None, cache: tuple[bool, bool, bool] | None, options: Mapping[str, object]
+) -> None:
+    """See :meth:`byre.image.Image.reopen`.
 
+    :param cache: (direct, no_flush, writethrough), ``None`` to leave them
+    """
     top = image.node
     changes: dict[str, object] = {}
     writethrough = image.writethrough
     if read_only is not None:
         changes["read_only"] = read_only
     if cache is not None:
-        changes["direct"], changes["no_flush"], writethrough = cache_flags(cache)
+        changes["direct"], changes["no_flush"], writethrough = cache
     own, common = _split(top, options)
     changes.update(common)
     image.pause()
