@@ -50,6 +50,12 @@ _HAS_OFFSET: Final = 16
 _BLOCK: Final = 16384
 """Rows formatted at once."""
 
+_ROWS: Final = 1 << 17
+"""Rows of a window, at most."""
+
+_FILE_UNIT: Final = 4096
+"""How closely holes of a file may lie."""
+
 
 def run(arguments: list[str]) -> int:
     given = common.parse(_TABLE, arguments)
@@ -123,7 +129,7 @@ def rows(image: Image, start: int, end: int, names: list[str]) -> Iterator[Rows]
     index = _FileNames(layers, names)
     holes = _holes(layers)
     held: Rows | None = None  # the last row, which the next window may continue
-    for offset, length in chain.windows(start, end, chain.window_size(image.node)):
+    for offset, length in chain.windows(start, end, _step(layers, holes)):
         found = _classified(image.extents(offset, length), layers, index, holes)
         if held is not None:
             found = Rows.joined(held, found)
@@ -133,6 +139,14 @@ def rows(image: Image, start: int, end: int, names: list[str]) -> Iterator[Rows]
             yield found.part(slice(None, -1))
     if held is not None:
         yield held
+
+
+def _step(layers: list[Node], holes: list[tuple[int, int, Holes]]) -> int:
+    """Bytes to look at at once: many tables where rows are long, and no more rows than memory allows."""
+    unit = min(getattr(layer, "cluster_size", _FILE_UNIT) for layer in layers)
+    if any(len(found) > _ROWS for _, _, found in holes):
+        unit = min(unit, _FILE_UNIT)
+    return unit * _ROWS
 
 
 class _FileNames:

@@ -28,6 +28,10 @@ class Holes:
         self._file = file
         self._edges: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]] | None = None
 
+    def __len__(self) -> int:
+        """How many pieces, data and holes, the file is in."""
+        return len(self._pieces()[0])
+
     def _pieces(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """(starts, ends, whether it is a hole) of pieces that cover every offset; behind the end there is a hole."""
         if self._edges is None:
