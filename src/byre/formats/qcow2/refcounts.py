@@ -251,26 +251,37 @@ class Refcounts:
 
     def _ensure_blocks(self, first: int, count: int) -> bool:
         """Make the blocks that count these clusters; False if that took space, so that they must be sought again."""
-        complete = True
-        for index in range(first >> self.block_bits, ((first + count - 1) >> self.block_bits) + 1):
-            if index >= len(self.table):
-                self._grow_table(index)
-                return False
-            if not self.table[index]:
-                self._new_block(index, max(first, index << self.block_bits))
-                complete = False
-        return complete
+        last = (first + count - 1) >> self.block_bits
+        if last >= len(self.table):
+            self._grow_table(last)
+            return False
+        missing = [index for index in range(first >> self.block_bits, last + 1) if not self.table[index]]
+        if missing:
+            self._new_blocks(missing, first)
+        return not missing
 
-    def _new_block(self, index: int, cluster: int) -> None:
-        """Put refcount block ``index`` at free cluster ``cluster``, which it counts itself."""
-        self._report("refblock_alloc")
-        host = cluster << self.cluster_bits
-        block = self.blocks.create(host)
-        assert block.data is not None
-        set_refcount(block.data, cluster & (self.block_entries - 1), self.order, 1)
-        self._set_entry(index, host)
+    def _new_blocks(self, indexes: list[int], cluster: int) -> None:
+        """Put these refcount blocks side by side at the free clusters from ``cluster``.
+
+        Together, because a block at the start of each range it counts would leave no room for a run longer than
+        that range. Their own clusters are counted before the table names them.
+        """
+        made: dict[int, Table] = {}
+        for number, index in enumerate(indexes):
+            self._report("refblock_alloc")
+            made[index] = self.blocks.create((cluster + number) << self.cluster_bits)
+        for own in range(cluster, cluster + len(indexes)):
+            home = own >> self.block_bits
+            block = made[home] if home in made else self._block(home)
+            assert block is not None
+            assert block.data is not None
+            low = own & (self.block_entries - 1)
+            set_refcount(block.data, low, self.order, 1)
+            self.blocks.mark(block, low << self.order >> 3, low << self.order >> 3)
+        for index, block in made.items():
+            self._set_entry(index, block.host)
         if self.virgin < 1 << 62:
-            self.virgin = max(self.virgin, cluster + 1)
+            self.virgin = max(self.virgin, cluster + len(indexes))
 
     def _set_entry(self, index: int, host: int) -> None:
         self.table[index] = host
