@@ -72,6 +72,9 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
         if cluster_end > before and not engine.reads_zero(node, before, cluster_end - before):
             engine.write_zeroes(node, before, cluster_end - before)
         _hide_backing(node, cluster_end, size)
+        data_file = node.data_file
+        if data_file is not None and data_file.size < size:
+            data_file.resize(size, exact=False)
         with node.lock:
             node._guarded(node.write_back)
             node._guarded(node.file.flush)
@@ -133,6 +136,12 @@ def _shrink(node: Qcow2Node, before: int, size: int) -> None:
         node._guarded(node.file.flush)
     if node.file.size > 0:
         _trim(node)
+    data_file = node.data_file
+    if data_file is not None and data_file.size > size:
+        data_file.resize(size, exact=False)
+        if data_file.size > size and node.header.raw_data_file:
+            # A device keeps its length, but what was cut off must not come back when the image grows again.
+            data_file.write_zeroes(size, min(before, data_file.size) - size, MAY_UNMAP)
 
 
 def _drop_empty_tables(node: Qcow2Node, end: int) -> None:
