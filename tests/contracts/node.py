@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -271,7 +272,7 @@ class FormatContract(WritableContract):
                 while at < offset + length:
                     part = node.lookup(at, offset + length - at)
                     assert part, "an empty answer"
-                    assert all(one.end == two.offset for one, two in zip(part, part[1:], strict=False))
+                    assert all(one.end == two.offset for one, two in pairwise(part))
                     assert part[0].offset == at
                     rows += part
                     at = part[-1].end

@@ -19,7 +19,7 @@ class TestFaults(FilterContract):
     device = Device()
 
     @pytest.fixture
-    def node(self) -> Iterator[Node]:
+    def node(self) -> Node:
         graph = Graph()
         filter_node, memory = FaultNode(), MemoryNode(self.content)
         graph.add(filter_node)
@@ -27,7 +27,7 @@ class TestFaults(FilterContract):
         filter_node.filename = memory.filename
         graph.attach(filter_node, "file", memory, "filtered")
         filter_node.set_device(self.device)
-        yield filter_node
+        return filter_node
 
     def test_read_only_refuses(self, node: Node) -> None:
         node.children["file"].node.read_only = True
@@ -45,7 +45,7 @@ class TestAlignedFaults(TestFaults):
 
 class TestVerify(FilterContract):
     @pytest.fixture
-    def node(self) -> Iterator[Node]:
+    def node(self) -> Node:
         graph = Graph()
         filter_node, raw, test = VerifyNode(), MemoryNode(self.content), MemoryNode(self.content)
         for one in (filter_node, raw, test):
@@ -53,7 +53,7 @@ class TestVerify(FilterContract):
         filter_node.filename = test.filename
         graph.attach(filter_node, "raw", raw, "filtered")
         graph.attach(filter_node, "file", test, "filtered")
-        yield filter_node
+        return filter_node
 
     def test_read_only_refuses(self, node: Node) -> None:
         for edge in node.children.values():

@@ -25,8 +25,8 @@ def opened(spec: dict[str, object], *, direct: bool = False) -> Iterator[Node]:
 
 class TestMemory(ProtocolContract):
     @pytest.fixture
-    def node(self) -> Iterator[Node]:
-        yield MemoryNode(self.content)
+    def node(self) -> Node:
+        return MemoryNode(self.content)
 
 
 class TestFile(ProtocolContract):

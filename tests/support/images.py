@@ -26,7 +26,7 @@ def detached(node: MemoryNode) -> MemoryNode:
 
 
 def new_image(
-    format: str, size: int, data_file: MemoryNode | None = None, file: Node | None = None, **options: object
+    format: str, size: int, data_node: MemoryNode | None = None, file: Node | None = None, **options: object
 ) -> MemoryNode:
     """An image of ``format`` made in memory (or in ``file``, a node on top of a memory node)."""
     module: Any = import_module(driver(format).module)
@@ -39,13 +39,13 @@ def new_image(
     graph.attach_image(memory, "creation", PERM_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL)
 
     def create_file(name: str, file_options: Mapping[str, object]) -> Node:
-        assert data_file is not None, "this image needs a data file"
-        graph.add(data_file)
-        data_file.resize(int(str(file_options["size"])))
-        return data_file
+        assert data_node is not None, "this image needs a data file"
+        graph.add(data_node)
+        data_node.resize(int(str(file_options["size"])))
+        return data_node
 
     module.create(CreateRequest("memory", values, memory, graph, create_file))
-    for node in (memory, data_file):
+    for node in (memory, data_node):
         if isinstance(node, MemoryNode):
             detached(node)
     return memory  # type: ignore[return-value]

@@ -114,10 +114,9 @@ class _Walk:
                 self.refer(name, start, sectors * 512 - (start & 511))
                 if entry & COPIED:
                     self.damage.append(f"{name} is compressed and says COPIED")
-            elif entry & OFFSET and not image.has_data_file:
-                if self.aligned(name, entry & OFFSET):
-                    self.refer(name, entry & OFFSET, image.cluster)
-                    self.flagged.append((name, (entry & OFFSET) >> image.bits, bool(entry & COPIED)))
+            elif entry & OFFSET and not image.has_data_file and self.aligned(name, entry & OFFSET):
+                self.refer(name, entry & OFFSET, image.cluster)
+                self.flagged.append((name, (entry & OFFSET) >> image.bits, bool(entry & COPIED)))
             if image.extended and not entry & COMPRESSED and words[index + 1] & words[index + 1] >> 32 & 0xFFFFFFFF:
                 self.damage.append(f"{name} has subclusters both allocated and zero")
 
