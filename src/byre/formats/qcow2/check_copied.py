@@ -6,16 +6,18 @@ check runs it only where its first pass saw a sign that a flag is wrong.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from . import entries
 from .check_l2 import Batch, L2Scan
 from .check_reader import segments
-from .check_tables import l2_groups
+from .check_tables import l2_groups, limit_unaligned, unaligned_limit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from ...jobs.job import Control
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Protected", "check_copied"]
 
+L1_STEP: Final = 1 << 17
+"""Entries of the L1 table looked at together."""
 _COPIED = np.uint64(entries.COPIED)
 _OFFSET = np.uint64(entries.OFFSET_MASK)
 
@@ -71,21 +75,24 @@ class _Flags:
         self.protected = Protected(walk) if mend else None
 
     def run(self) -> None:
-        header = self.subject.header
-        if not header.l1_size:
-            return
-        raw = self.subject.read(header.l1_table_offset, header.l1_size * 8)
-        words = raw.view(">u8").astype(np.uint64)
-        tables = self._l1(words)
-        for group in l2_groups(iter([(tables, 1, 1)])):
+        left = unaligned_limit(self.subject)
+        for group in l2_groups(self._l1()):
             for offsets, times, _ in group.runs():
+                offsets, left = limit_unaligned(offsets, self.subject, left)
                 for batch in self.scan.batches(offsets):
                     self._l2(batch, 1 if self.mend else times)
         if self.mend:
             self.subject.file.flush()
 
-    def _l1(self, words: Words) -> Keys:
-        """Check the L1 table; where the L2 tables lie that are to be read."""
+    def _l1(self) -> Iterator[tuple[Keys, int, int]]:
+        """Check the L1 table, a piece at a time; where the L2 tables lie that are to be read."""
+        header = self.subject.header
+        for first in range(0, header.l1_size, L1_STEP):
+            length = min(L1_STEP, header.l1_size - first) * 8
+            raw = self.subject.read(header.l1_table_offset + first * 8, length)
+            yield self._l1_piece(first, raw.view(">u8").astype(np.uint64)), 1, 1
+
+    def _l1_piece(self, first: int, words: Words) -> Keys:
         subject, findings = self.subject, self.findings
         index = np.flatnonzero(words & _OFFSET)
         offsets = (words[index] & _OFFSET).view(np.int64)
@@ -95,10 +102,10 @@ class _Flags:
         self._count(len(rows))
         for row in rows[: findings.room].tolist():
             number = int(index[row])
-            findings.say(f"{self.word} OFLAG_COPIED L2 cluster: l1_index={number} l1_entry={int(words[number]):x} "
-                         f"refcount={int(counts[row])}")  # fmt: skip
+            findings.say(f"{self.word} OFLAG_COPIED L2 cluster: l1_index={first + number} "
+                         f"l1_entry={int(words[number]):x} refcount={int(counts[row])}")  # fmt: skip
         if self.mend and len(rows):
-            self._write_l1(words, index[rows])
+            self._write_l1(first, words, index[rows])
         return offsets[~failed & (offsets < subject.file_length)]
 
     def _count(self, count: int) -> None:
@@ -107,14 +114,15 @@ class _Flags:
         else:
             self.findings.corruptions += count
 
-    def _write_l1(self, words: Words, index: NDArray[np.intp]) -> None:
-        offset = self.subject.header.l1_table_offset
-        if Protected(self.walk, l1=False).overlaps(offset, len(words) * 8):
+    def _write_l1(self, first: int, words: Words, index: NDArray[np.intp]) -> None:
+        header = self.subject.header
+        if Protected(self.walk, l1=False).overlaps(header.l1_table_offset, header.l1_size * 8):
             raise self.findings.abort("ERROR: Could not write L1 table; it overlaps other metadata")
         words[index] ^= _COPIED
         data = memoryview(words.astype(">u8").tobytes())
         for page in np.unique(index >> 6).tolist():
-            self.subject.file.write_from(offset + (page << 9), data[page << 9 : (page + 1) << 9])
+            part = data[page << 9 : (page + 1) << 9]
+            self.subject.file.write_from(header.l1_table_offset + first * 8 + (page << 9), part)
 
     def _l2(self, batch: Batch, times: int) -> None:
         subject, findings = self.subject, self.findings

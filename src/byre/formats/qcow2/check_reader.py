@@ -227,9 +227,12 @@ class Subject:
         counts = np.zeros(len(keys), np.uint64)
         failed = np.zeros(len(keys), bool)
         index = keys >> self.block_bits
-        order = np.argsort(index, kind="stable")
-        cuts = np.flatnonzero(np.diff(index[order])) + 1
-        for rows in np.split(order, cuts):
+        known = np.flatnonzero(index < len(self.table))
+        known = known[self.table[index[known]] != 0]
+        order = known[np.argsort(index[known], kind="stable")]
+        cuts = (np.flatnonzero(np.diff(index[order])) + 1).tolist()
+        for first, end in zip([0, *cuts], [*cuts, len(order)], strict=True):
+            rows = order[first:end]
             if not len(rows):
                 continue
             offset = self.block_offset(int(index[rows[0]]))

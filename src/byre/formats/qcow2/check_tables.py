@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from .check_reader import Keys, Tally, Words
     from .check_snapshots import SnapshotTable
 
-__all__ = ["Walk", "l2_groups"]
+__all__ = ["Walk", "l2_groups", "limit_unaligned", "unaligned_limit"]
 
-GROUP: Final = 1 << 20
+GROUP: Final = 1 << 18
 """L1 entries whose L2 tables are brought together before these are read."""
-UNALIGNED_LIMIT: Final = 1024
-"""L2 tables at unaligned offsets that are read; a table overlaps 4,095 others at worst."""
+UNALIGNED_BYTES: Final = 64 << 20
+"""Bytes of L2 tables at unaligned offsets that are read: each may overlap 4,095 others."""
 
 
 class L2Group:
@@ -64,25 +64,43 @@ class L2Group:
 
 
 def l2_groups(parts: Iterator[tuple[Keys, int, int]]) -> Iterator[L2Group]:
-    """Groups of the tables at ``parts`` (offsets, active, total), at most about ``GROUP`` each."""
-    pending: list[tuple[Keys, int, int]] = []
+    """Groups of the tables at ``parts`` (offsets, active, total), at most about ``GROUP`` distinct ones each."""
+    pending: list[tuple[Keys, Keys, Keys]] = []
     count = 0
-    for part in parts:
-        pending.append(part)
-        count += len(part[0])
-        if count >= GROUP:
-            yield _group(pending)
-            pending, count = [], 0
+    for offsets, active, total in parts:
+        size = len(offsets)
+        pending.append((offsets, np.full(size, active, np.int64), np.full(size, total, np.int64)))
+        count += size
+        if count < GROUP:
+            continue
+        group = _merged(pending)
+        if len(group.offsets) < GROUP // 2:
+            # Mostly repeats: they need not be read again for that.
+            pending, count = [(group.offsets, group.active, group.total)], len(group.offsets)
+            continue
+        yield group
+        pending, count = [], 0
     if count:
-        yield _group(pending)
+        yield _merged(pending)
 
 
-def _group(pending: list[tuple[Keys, int, int]]) -> L2Group:
-    return L2Group(
-        np.concatenate([offsets for offsets, _, _ in pending]),
-        np.concatenate([np.full(len(offsets), active, np.int64) for offsets, active, _ in pending]),
-        np.concatenate([np.full(len(offsets), total, np.int64) for offsets, _, total in pending]),
-    )
+def _merged(pending: list[tuple[Keys, Keys, Keys]]) -> L2Group:
+    offsets, active, total = zip(*pending, strict=True)
+    return L2Group(np.concatenate(offsets), np.concatenate(active), np.concatenate(total))
+
+
+def unaligned_limit(subject: Subject) -> int:
+    """How many L2 tables at unaligned offsets are read."""
+    return UNALIGNED_BYTES >> subject.cluster_bits
+
+
+def limit_unaligned(offsets: Keys, subject: Subject, left: int) -> tuple[Keys, int]:
+    """(``offsets`` with at most ``left`` unaligned ones, how many may follow)."""
+    unaligned = offsets & (subject.cluster_size - 1) != 0
+    count = int(np.count_nonzero(unaligned))
+    if count > left:
+        offsets = offsets[~unaligned | (np.cumsum(unaligned) <= left)]
+    return offsets, max(0, left - count)
 
 
 class Walk:
@@ -162,13 +180,17 @@ class Walk:
                 raise findings.abort("ERROR: I/O error in check_refcounts_l1")
         self._regions([(offset, length) for offset, length, _ in tables], tally, findings)
         scan = L2Scan(self.subject, self.control)
+        left = unaligned_limit(self.subject)
         parts = self._l1_tables([row for row in segments(tables) if row.start < row.end], tally, findings)
         record = self._spans is None
         spans: list[tuple[int, int]] = [] if self._spans is None else self._spans
         number = 0
         for group in l2_groups(parts):
             for offsets, active, total in group.runs():
-                offsets = self._limit_unaligned(offsets, findings)
+                count = len(offsets)
+                offsets, left = limit_unaligned(offsets, self.subject, left)
+                if len(offsets) < count:
+                    findings.say(f"ERROR {count - len(offsets)} L2 tables that are not cluster aligned are not read")
                 for batch in scan.batches(offsets):
                     if record:
                         spans.append(scan.read(batch, tally, findings, active, total))
@@ -176,14 +198,6 @@ class Walk:
                         scan.read(batch, tally, findings, active, total)
                     number += 1
         self._spans = spans
-
-    def _limit_unaligned(self, offsets: Keys, findings: Findings) -> Keys:
-        unaligned = offsets & (self.subject.cluster_size - 1) != 0
-        if np.count_nonzero(unaligned) <= UNALIGNED_LIMIT:
-            return offsets
-        findings.say(f"ERROR more than {UNALIGNED_LIMIT} L2 tables are not cluster aligned; the others are not read")
-        kept: Keys = offsets[~unaligned | (np.cumsum(unaligned) <= UNALIGNED_LIMIT)]
-        return kept
 
     def _l1_tables(self, rows: list[Segment], tally: Tally, findings: Findings) -> Iterator[tuple[Keys, int, int]]:
         for row in rows:
