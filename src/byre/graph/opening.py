@@ -217,7 +217,8 @@ class Opener:
             for edge in list(node.children.values()):
                 self.graph.detach(edge)
         for node in reversed(self._created):
-            self.graph.nodes.pop(node.name, None)
+            if self.graph.nodes.get(node.name) is node:
+                del self.graph.nodes[node.name]
             node.close()
         self._created.clear()
 
@@ -278,6 +279,8 @@ class Opener:
     def _open_format(self, file: Node, given: dict[str, object], flags: OpenFlags, driver_name: str) -> Node:
         probed = not driver_name
         row = driver(driver_name) if driver_name else self.probe(file)
+        if row.kind == "protocol":
+            raise InvalidArgument(f"driver {row.name!r} is not an image format", where=file.filename)
         own = {key: value for key, value in given.items() if key not in ("driver", "file", "filename")}
         node = self._open_row(row, own, flags, False, file)
         if probed and row.name == "raw" and hasattr(node, "probed"):
@@ -336,13 +339,13 @@ class Opener:
         node.options = dict(given)
         if "backing" in rest and hasattr(node, "backing_name"):
             node.backing_override = rest["backing"]  # type: ignore[attr-defined]
-        if node.name not in self.graph.nodes:
+        if self.graph.nodes.get(node.name) is not node:
             self._register(node)
         return node
 
     def _register(self, node: Node) -> None:
+        self._created.append(node)  # first, so that a name that is taken leaves nothing open
         self.graph.add(node)
-        self._created.append(node)
 
     def adopt(self, node: Node) -> Node:
         """Register a node that a driver made itself, so that it is closed if opening fails."""

@@ -38,6 +38,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     node = Qcow2Node(file, header, extensions, backing_name, request.options, flags, name=request.name)
     recorded = layout.find_extension(extensions, layout.EXTENSION_BACKING_FORMAT)
     node.backing_format = recorded.decode("utf-8", "replace") if recorded else ""
+    request.opener.adopt(node)  # so that a failure from here on leaves no edge behind
     graph = request.opener.graph
     main = graph.attach(node, "file", file, "metadata" if header.has_data_file else "data")
     node.sources = (main,)
