@@ -7,11 +7,12 @@ writes that would make its first bytes look like another format.
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..catalog import PROBE_SIZE, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace, ReadOnly
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, Limits, Node, Stats
+from ..graph.opening import OpenFlags
 from ..io.buffers import is_zero
 from ..io.extent import DATA, MAY_UNMAP, Extent
 from ..options import Option, OptionSet
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..graph.child import Child
     from ..graph.creating import CreateRequest
     from ..graph.opening import OpenRequest
+    from ..options import OptionValues
     from ..io.extentmap import ExtentMap
 
 __all__ = ["CREATE_OPTIONS", "OPTIONS", "RawNode", "create", "open_node"]
@@ -56,6 +58,7 @@ def open_node(request: OpenRequest) -> RawNode:
     node.pass_discard = request.flags.unmap
     node.force_share = request.flags.force_share
     node.open_flags = request.flags
+    node.runtime = request.options
     child = request.opener.graph.attach(node, "file", file, "filtered")
     node.sources = (child,)
     return node
@@ -73,9 +76,7 @@ class RawNode(Node):
     def __init__(self, file: Node, *, name: str = "", read_only: bool = False, offset: int = 0,
                  size: int | None = None) -> None:  # fmt: skip
         super().__init__(name=name, filename=file.filename, read_only=read_only)
-        if offset > file.size or (size is not None and offset + size > file.size):
-            raise InvalidArgument(f"the slice at {offset:#x} of {size if size is not None else 'the rest'} bytes "
-                                  f"does not lie within the file of {file.size} bytes", where=file.filename)  # fmt: skip
+        self._check_slice(file, offset, size)
         self.base = offset
         self._slice = size
         self._file = file
@@ -85,8 +86,15 @@ class RawNode(Node):
         self.detect_zeroes = "off"
         self.pass_discard = True
         self.force_share = False
-        self.open_flags: object = None
+        self.open_flags = OpenFlags()
+        self.runtime: OptionValues | None = None
         self.limits = Limits(request_alignment=file.limits.request_alignment)
+
+    @staticmethod
+    def _check_slice(file: Node, offset: int, size: int | None) -> None:
+        if offset > file.size or (size is not None and offset + size > file.size):
+            raise InvalidArgument(f"the slice at {offset:#x} of {size if size is not None else 'the rest'} bytes "
+                                  f"does not lie within the file of {file.size} bytes", where=file.filename)  # fmt: skip
 
     @property
     def size(self) -> int:
@@ -114,6 +122,8 @@ class RawNode(Node):
         self.stats.done(Stats.READ, len(buffer), started)
 
     def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        if self._report is not None:
+            self._report("read_aio")
         started = perf_counter_ns()
         self._file.readv_into(self.base + offset, buffers)
         self.stats.done(Stats.READ, sum(map(len, buffers)), started)
@@ -217,14 +227,18 @@ class RawNode(Node):
             return used & ~PERM_RESIZE | (PERM_RESIZE if used & PERM_RESIZE else 0), shared
         return used, shared
 
-    def reopen_commit(self, token: object) -> None:
-        from ..graph.opening import OpenFlags
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        offset, size = options.number("offset"), options.optional_number("size")
+        self._check_slice(self._file, offset, size)
+        return flags, options
 
-        assert isinstance(token, OpenFlags)
-        self.open_flags = token
-        self.read_only = token.read_only
-        self.detect_zeroes = token.detect_zeroes
-        self.pass_discard = token.unmap
+    def reopen_commit(self, token: object) -> None:
+        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
+        self.open_flags, self.runtime = flags, options
+        self.base, self._slice = options.number("offset"), options.optional_number("size")
+        self.read_only = flags.read_only
+        self.detect_zeroes = flags.detect_zeroes
+        self.pass_discard = flags.unmap
 
 
 def create(request: CreateRequest) -> None:

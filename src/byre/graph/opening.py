@@ -228,6 +228,8 @@ class Opener:
              implicit: bool = False) -> Node:  # fmt: skip
         """One node with the children it cannot do without (no backing file).
 
+        A name is an image, whose format is looked for; options that name a driver mean that driver's node.
+
         :param protocol: ``spec`` names bytes, not an image: do not probe a format over them
         """
         if isinstance(spec, str):
@@ -238,6 +240,7 @@ class Opener:
             given = unflatten(spec)
         else:
             raise InvalidArgument(f"expected a name or options, found {spec!r}")
+        by_name = implicit or "driver" not in given or (isinstance(spec, str) and not spec.startswith("json:"))
         filename = given.get("filename")
         if isinstance(filename, str) and isinstance(given.get("file"), dict):
             # A name, and options for the file it names.
@@ -255,11 +258,7 @@ class Opener:
             if row.kind == "format" and "file" not in given and isinstance(filename, str):
                 given = {key: value for key, value in given.items() if key != "filename"}
                 given["file"] = filename
-            if row.kind == "protocol" and not protocol:
-                return self._open_over(given, flags, driver_name, implicit)
-            # A format is looked for over a filter named in front of a file, not over one asked for by options.
-            typed = isinstance(spec, str) and not spec.startswith("json:")
-            if row.kind == "filter" and not protocol and (driver_name or typed):
+            if row.kind != "format" and not protocol and (driver_name or by_name) and driver_name != row.name:
                 return self._open_over(given, flags, driver_name, implicit)
             return self._open_row(row, given, flags, implicit, None)
         if "file" not in given:

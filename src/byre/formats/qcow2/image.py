@@ -10,7 +10,7 @@ from array import array
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from ...errors import ImageError
+from ...errors import ByreError, Corrupt, ImageError
 from ...io import engine
 from ...io.extent import FUA, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
@@ -119,9 +119,29 @@ class Qcow2Node(FormatNode):
         header = self.header
         self.refcounts = Refcounts(
             self.file, header.cluster_bits, header.refcount_order, header.refcount_table_offset,
-            header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self.filename,
+            header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self._metadata_at, self.filename,
         )  # fmt: skip
         self.mapping.refcounts = self.refcounts
+
+    def _metadata_at(self, first: int, count: int) -> str:
+        """What known metadata lies in ``count`` clusters from ``first``, "" if none: it must not be given away."""
+        header, bits = self.header, self.header.cluster_bits
+        end = first + count
+        if first == 0:
+            return "the header"
+        for name, offset, length in (
+            ("the L1 table", header.l1_table_offset, header.l1_size * 8),
+            ("the refcount table", header.refcount_table_offset, header.refcount_table_clusters << bits),
+            ("the snapshot table", header.snapshots_offset, 1 if header.nb_snapshots else 0),
+        ):
+            if length and first <= (offset + length - 1) >> bits and offset >> bits < end:
+                return name
+        for host in range(first << bits, end << bits, self.cluster_size):
+            if host in self.mapping.l2.tables:
+                return "an L2 table"
+            if self.refcounts is not None and host in self.refcounts.blocks.tables:
+                return "a refcount block"
+        return ""
 
     def invalidate(self) -> None:
         """Write back and forget every cached table, then read header and tables again from the file."""
@@ -185,7 +205,25 @@ class Qcow2Node(FormatNode):
     def reserve(self, offset: int, length: int) -> list[Placement]:
         self._before_change()
         self._dropping = "other"
-        return self.mapping.reserve(offset, length)
+        try:
+            return self.mapping.reserve(offset, length)
+        except Corrupt as error:
+            self._mark_corrupt(error)
+            raise
+
+    def _mark_corrupt(self, error: Corrupt) -> None:
+        """Metadata contradicts itself: nothing is written any more, and version 3 says so in the header."""
+        if self.failure is not None:
+            return
+        header = self.header
+        if header.version >= 3:
+            self.header = header._replace(incompatible_features=header.incompatible_features | layout.INCOMPATIBLE_CORRUPT)
+            try:
+                self.file.write_from(72, memoryview(self.header.incompatible_features.to_bytes(8, "big")))
+                self.file.flush()
+            except ByreError:
+                pass  # the image is out of service either way, and the first error is the one to tell
+        self.fail_stop(error)
 
     def publish(self, placements: Sequence[Placement]) -> None:
         self._guarded(lambda: self.mapping.publish(list(placements)))
@@ -306,6 +344,7 @@ class Qcow2Node(FormatNode):
         holes: list[tuple[int, int]] = []
         for reason in ("request", "other"):
             freed = refcounts.lower([(first, count) for first, count, why in frees if why == reason])
+            self._forget(freed)
             if self._punches(reason):
                 holes += freed
         refcounts.write_back()
@@ -313,6 +352,13 @@ class Qcow2Node(FormatNode):
             # A hole may be there before the count is lowered on disk, but never before the mapping is gone.
             for host, length in holes:
                 self.file.discard(host, length)
+
+    def _forget(self, freed: list[tuple[int, int]]) -> None:
+        """No cached table lies in clusters that are free."""
+        assert self.refcounts is not None
+        for cache in (self.mapping.l2, self.refcounts.blocks):
+            for host in [host for host in cache.tables if any(at <= host < at + length for at, length in freed)]:
+                cache.forget(host)
 
     def _punches(self, reason: str) -> bool:
         """Whether freed space is given back to the file system ("pass-discard-request", "pass-discard-other")."""

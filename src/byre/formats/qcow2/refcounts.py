@@ -40,6 +40,7 @@ def _no_report(_name: str) -> None:
 class Refcounts:
     """Guarded by the node's lock.
 
+    :param guard: called with (first cluster, count); names the metadata that lies there, "" for none
     :param publish_table: called with (offset, clusters) to point the header at a new refcount table, durably
     :ivar freed: clusters whose last reference was dropped and written; the caller may punch holes there
     """
@@ -53,6 +54,7 @@ class Refcounts:
         table_clusters: int,
         relieve: Callable[[], None],
         publish_table: Callable[[int, int], None],
+        guard: Callable[[int, int], str],
         where: str,
     ) -> None:
         self.file = file
@@ -74,6 +76,7 @@ class Refcounts:
         self.blocks.report = file.debug_event if file.takes_events else None
         self.blocks.load_event, self.blocks.update_event = "refblock_load", "refblock_update_part"
         self._publish_table = publish_table
+        self._guard = guard
         self._hint = 0
         self._packed_at = 0  # host offset behind the last compressed cluster, 0 for none
         #: First cluster that never held anything: beyond it the file reads as zeroes.
@@ -143,12 +146,9 @@ class Refcounts:
         :raises NoSpace: the format cannot address more
         """
         self._report("cluster_alloc")
-        first = self._find(self._hint, count)
+        first = self._find_unused(count)
         while not self._ensure_blocks(first, count):
-            first = self._find(self._hint, count)
-        if first == 0:
-            raise Corrupt("the refcounts call the header's cluster free", where=self.where,
-                          hint='run "byre check -r all"')  # fmt: skip
+            first = self._find_unused(count)
         self._change(first, count, 1)
         if count == 1 or first == self._hint:
             self._hint = first + count
@@ -170,6 +170,18 @@ class Refcounts:
         first = host >> self.cluster_bits
         self._change(first, count, -1)
         self._hint = min(self._hint, first)
+
+    def _find_unused(self, count: int) -> int:
+        """Free clusters that no structure the node knows lies in, whatever the counts say.
+
+        :raises Corrupt: the counts call metadata free
+        """
+        first = self._find(self._hint, count)
+        structure = self._guard(first, count)
+        if structure:
+            raise Corrupt(f"the refcounts call host cluster {first} free, but {structure} lies there",
+                          where=self.where, hint='run "byre check -r all"')  # fmt: skip
+        return first
 
     def _find(self, start: int, count: int) -> int:
         """The first cluster at or after ``start`` where ``count`` consecutive ones are free."""
