@@ -67,7 +67,10 @@ def script(interpreter: str, folders: list[str]) -> str:
         # A line for both: the shell runs it, Python takes it for a string.
         quoted = "'" + interpreter.replace("'", "'\"'\"'") + "'"
         line = f"#!/bin/sh\n'''exec' {quoted} -IS \"$0\" \"$@\"\n' '''\n"
-    return f"{line}{_MARK}\nimport sys\nsys.path += {folders!a}\nfrom byre.cli.main import entry\nentry()\n"
+    return (
+        f"{line}{_MARK}\nimport gc, sys\ngc.set_threshold(20000, 20, 20)\nsys.path += {folders!a}\n"
+        "from byre.cli.main import entry\nentry()\n"
+    )
 
 
 def _folders() -> list[str]:
