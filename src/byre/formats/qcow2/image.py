@@ -7,12 +7,13 @@ resizing in :mod:`.resizing`, checking in :mod:`.check`.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 from ...errors import ByreError, Corrupt, ImageError
 from ...io import engine
-from ...io.extent import FUA, UNALLOCATED, Extent
+from ...io.extent import FUA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...io.tables import decode_words
 from ..abilities import CheckResult
@@ -301,9 +302,13 @@ class Qcow2Node(FormatNode):
         if raw_data and self.data_file is not None:
             # A raw data file must read the same without the tables.
             length = min(length, self.table_span - offset % self.table_span)
-            self.data_file.write_zeroes(offset, min(length, self._size - offset), 0 if keep else 2)
+            self.data_file.write_zeroes(offset, min(length, self._size - offset), 0 if keep else MAY_UNMAP)
             kind = KIND_ZERO
-        return self.mapping.unmap(offset, length, kind, keep)
+        try:
+            return self.mapping.unmap(offset, length, kind, keep)
+        except Corrupt as error:
+            self._mark_corrupt(error)
+            raise
 
     def _free(self, first: int, count: int) -> None:
         """Host clusters nothing in the tables refers to any more: lowered once that is on disk and no request uses them."""
@@ -356,9 +361,13 @@ class Qcow2Node(FormatNode):
     def _forget(self, freed: list[tuple[int, int]]) -> None:
         """No cached table lies in clusters that are free."""
         assert self.refcounts is not None
+        runs = sorted(freed)
+        starts = [start for start, _ in runs]
         for cache in (self.mapping.l2, self.refcounts.blocks):
-            for host in [host for host in cache.tables if any(at <= host < at + length for at, length in freed)]:
-                cache.forget(host)
+            for host in list(cache.tables):
+                index = bisect_right(starts, host) - 1
+                if index >= 0 and host < sum(runs[index]):
+                    cache.forget(host)
 
     def _punches(self, reason: str) -> bool:
         """Whether freed space is given back to the file system ("pass-discard-request", "pass-discard-other")."""
