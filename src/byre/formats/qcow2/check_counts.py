@@ -58,6 +58,7 @@ class Window:
         one = self.dtype.type
         self.mask = one(self.limit)
         self.copied, self.plain = one(1 << (bits - 1)), one(1 << (bits - 2))
+        self._scratch = np.empty(0, np.int64)
         self.marks = {MARK_NONE: one(0), MARK_COPIED: self.copied, MARK_PLAIN: self.plain}
 
     def covers(self, lowest: int, highest: int) -> bool:
@@ -67,14 +68,15 @@ class Window:
         """:raises TooNarrow: a counter would overflow"""
         if not len(keys):
             return
-        runs = np.diff(keys)
-        consecutive = not int(np.count_nonzero(runs != 1))
-        if not consecutive and len(keys) > 1 and int(runs.min()) <= 0:
+        steps = self._differences(keys)
+        if len(steps) and int(steps.min()) <= 0:
             keys = np.sort(keys)
-        keys = keys[np.searchsorted(keys, self.low) : np.searchsorted(keys, self.high)]
-        if not len(keys):
-            return
-        steps = np.diff(keys)
+            steps = self._differences(keys)
+        if keys[0] < self.low or keys[-1] >= self.high:
+            keys = keys[np.searchsorted(keys, self.low) : np.searchsorted(keys, self.high)]
+            if not len(keys):
+                return
+            steps = self._differences(keys)
         weights: Any = weight
         if len(steps) and int(steps.min()) == 0:
             first = np.flatnonzero(np.concatenate(([True], steps != 0)))
@@ -88,6 +90,11 @@ class Window:
                 self._bump(slice(start, start + end - begin), weight, mark)
         else:
             self._bump(keys - self.low, weights, mark)
+
+    def _differences(self, keys: Keys) -> Keys:
+        if len(self._scratch) < len(keys):
+            self._scratch = np.empty(len(keys), np.int64)
+        return np.subtract(keys[1:], keys[:-1], out=self._scratch[: len(keys) - 1])
 
     def add_range(self, first: int, end: int, weight: int) -> None:
         """:raises TooNarrow: a counter would overflow"""

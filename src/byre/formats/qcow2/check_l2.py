@@ -73,27 +73,35 @@ class L2Scan:
         self.per_table = 1 << subject.header.l2_bits
         self.data_file = subject.header.has_data_file
         self.extended = subject.header.extended_l2
+        # Used for every batch: fresh memory for each would cost more than the work on it.
+        self.step = max(1, BATCH >> subject.cluster_bits)
+        size = self.step << subject.cluster_bits
+        self._data = np.empty(size, np.uint8)
+        self._words, self._hosts = np.empty(size // 8, np.uint64), np.empty(size // 8, np.uint64)
+        self._steps, self._keys = np.empty(size // 8, np.int64), np.empty(size // 8, np.int64)
 
     def batches(self, offsets: Keys) -> Iterator[Batch]:
         """The tables at ``offsets`` (ascending), without those that lie in holes of the file."""
         offsets = self.subject.without_holes(offsets, self.subject.cluster_size)
-        step = max(1, BATCH >> self.subject.cluster_bits)
-        for first in range(0, len(offsets), step):
-            yield Batch(offsets[first : first + step])
+        for first in range(0, len(offsets), self.step):
+            yield Batch(offsets[first : first + self.step])
 
     def load(self, batch: Batch) -> Entries:
+        """The entries of a batch; they are overwritten by the next one's."""
         size = self.subject.cluster_size
-        data = np.zeros(len(batch.offsets) * size, np.uint8)
+        data = self._data[: len(batch.offsets) * size]
         # Tables that follow each other are read at once.
         cuts = (np.flatnonzero(np.diff(batch.offsets) != size) + 1).tolist()
         for first, end in zip([0, *cuts], [*cuts, len(batch.offsets)], strict=True):
             self.subject.read_into(int(batch.offsets[first]), data[first * size : end * size])
         if self.control is not None:
             self.control.advance(len(data))
-        words = data.view(">u8").astype(np.uint64)
+        raw = data.view(">u8")
         bitmaps = None
         if self.extended:
-            words, bitmaps = words[0::2].copy(), words[1::2].copy()
+            raw, bitmaps = raw[0::2], raw[1::2].astype(np.uint64)
+        words = self._words[: len(raw)]
+        np.copyto(words, raw)
         return self._classify(words, bitmaps)
 
     def _classify(self, words: Words, bitmaps: Words | None) -> Entries:
@@ -102,7 +110,7 @@ class L2Scan:
         if int(np.bitwise_or.reduce(words)) & entries.COMPRESSED:
             compressed = words & _COMPRESSED != 0
             standard = np.where(compressed, np.uint64(0), words)
-        hosts = standard & _OFFSET
+        hosts = np.bitwise_and(standard, _OFFSET, out=self._hosts[: len(words)])
         present = hosts != 0
         if self.data_file:
             # Offset 0 is a place in the data file; the COPIED flag tells. A plain zero cluster has none.
@@ -213,7 +221,7 @@ class L2Scan:
         everywhere = bool(found.present.all())
         hosts = (found.hosts if everywhere else found.hosts[found.present]).view(np.int64)
         words = found.standard if everywhere else found.standard[found.present]
-        steps = np.diff(hosts)
+        steps = np.subtract(hosts[1:], hosts[:-1], out=self._steps[: len(hosts) - 1])
         if active:
             findings.allocated += len(hosts) * active
             findings.fragmented += self._fragmented(found.present, everywhere, steps) * active
@@ -228,7 +236,7 @@ class L2Scan:
             hosts, words = self._inside(hosts, words, total, findings)
             if not len(hosts):
                 return 1 << 62, -1
-        keys = hosts >> subject.cluster_bits
+        keys = np.right_shift(hosts, subject.cluster_bits, out=self._keys[: len(hosts)])
         if unaligned:
             self._second_clusters(hosts, tally, total)
         self._marked(keys, words, tally, active, total)

@@ -141,10 +141,12 @@ class Subject:
         return data
 
     def read_into(self, offset: int, data: NDArray[np.uint8]) -> None:
-        """Fill ``data``, which must be zeroed where the file may end."""
-        length = min(len(data), self.file_length - offset)
-        if length > 0:
+        """Fill ``data``; what lies past the end of the file is zeroes."""
+        length = max(0, min(len(data), self.file_length - offset))
+        if length:
             self.file.read_into(offset, data.data[:length])
+        if length < len(data):
+            data[length:] = 0
 
     def words(self, start: int, end: int) -> Iterator[Words]:
         """The 64-bit entries of ``[start, end)`` in host order, in pieces; pieces of zeroes may be left out."""

@@ -27,7 +27,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     """
     file = request.open_child("file")
     where = file.filename
-    header, extensions, backing_name = read_header(file, where)
+    header, extensions, backing_name = read_header(file, where, repair=request.flags.check)
     flags = request.flags
     if file.read_only and not flags.read_only:
         flags = flags._replace(read_only=True)
@@ -55,9 +55,12 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     return node
 
 
-def read_header(file: Node, where: str) -> tuple[layout.Header, tuple[layout.Extension, ...], str]:
+def read_header(
+    file: Node, where: str, *, repair: bool = False
+) -> tuple[layout.Header, tuple[layout.Extension, ...], str]:
     """(header, extensions, backing name) of the image in ``file``, within the limits of the layout.
 
+    :param repair: accept what ``check -r`` can mend
     :raises ImageError: it breaks the format
     """
     try:
@@ -65,7 +68,7 @@ def read_header(file: Node, where: str) -> tuple[layout.Header, tuple[layout.Ext
         file.read_into(0, memoryview(data))
         while True:
             try:
-                header = layout.decode_header(data)
+                header = layout.decode_header(data, repair=repair)
                 extensions = layout.decode_extensions(data, header)
                 names = layout.find_extension(extensions, layout.EXTENSION_FEATURE_NAMES)
                 layout.check_features(header, layout.decode_feature_names(names) if names else ())
@@ -112,7 +115,9 @@ def _attach_data_file(request: OpenRequest, node: Qcow2Node) -> None:
 
 def reread(node: Qcow2Node) -> None:
     """Header and tables as they are in the file now; lock held."""
-    node.header, node.extensions, node.backing_name = read_header(node.file, node.filename)
+    node.header, node.extensions, node.backing_name = read_header(
+        node.file, node.filename, repair=node.open_flags.check
+    )
     node._size = node.header.size
     node._snapshots = None
     node.load_tables()
