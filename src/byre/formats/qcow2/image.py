@@ -237,6 +237,8 @@ class Qcow2Node(FormatNode):
         try:
             action()
         except BaseException as error:
+            if isinstance(error, Corrupt):
+                self._mark_corrupt(error)
             self.fail_stop(error)
             raise
 

@@ -434,7 +434,12 @@ class Mapping:
                 self.refcounts.release(first << self.cluster_bits, last - first + 1)
 
     def drop(self, word: int) -> None:
-        """An L2 entry was replaced: what it referred to is let go."""
+        """An L2 entry was replaced: what it referred to is let go.
+
+        :raises Corrupt: it refers to no cluster; letting go of what lies there would take it from its owner
+        """
+        if word & (self.cluster_size - 1) & OFFSET_MASK and not word & COMPRESSED or word & COMPRESSED and self.data_file:
+            raise Corrupt(f"L2 entry {word:#018x} does not point to a cluster", where=self.where, hint='run "byre check"')
         if word & COMPRESSED:
             host, length = entries.compressed_host(word, self.cluster_bits)
             first = host >> self.cluster_bits
