@@ -30,35 +30,48 @@ def data_runs(
     if not sparse:
         return [(0, length, True)]
     block = max(1 << (sparse.bit_length() - 1), alignment)
-    edges, zero = _zero_blocks(buffer, offset, block)
+    head = min(-offset % block, length)
+    zero = _zero_blocks(buffer, head, block)
     if not zero.any():
         return [(0, length, True)]
     if zero.all():
         return [(0, length, False)]
-    return _join_runs(edges, zero, sparse, offset, unit)
+    return _join_runs(_edges(length, head, block), zero, sparse, offset, unit)
 
 
-def _zero_blocks(buffer: memoryview, offset: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(block edges within the buffer, whether each block is all zeroes); the first and last may be partial."""
+def _zero_blocks(buffer: memoryview, head: int, block: int) -> NDArray[np.bool_]:
+    """Whether each block is all zeroes; a first one of ``head`` bytes and the last may be partial."""
     import numpy as np
 
-    length = len(buffer)
-    head = min(-offset % block, length)
-    count = (length - head) // block
+    count = (len(buffer) - head) // block
     tail = head + count * block
-    edges = [0] if head else []
-    flags: list[bool] = []
-    if head:
-        flags.append(not np.frombuffer(buffer[:head], np.uint8).any())
-    middle = np.zeros(0, np.bool_)
-    if count:
-        words = np.frombuffer(buffer[head:tail], np.uint64).reshape(count, block // 8)
-        middle = np.bitwise_or.reduce(words, axis=1) == 0
-    last = [not np.frombuffer(buffer[tail:], np.uint8).any()] if tail < length else []
-    zero = np.concatenate((np.array(flags, np.bool_), middle, np.array(last, np.bool_)))
-    inner = np.arange(count, dtype=np.int64) * block + head
-    bounds = np.concatenate((np.array(edges, np.int64), inner, np.array([tail] if last else [], np.int64), [length]))
-    return bounds, zero
+    middle = _zero_rows(np.frombuffer(buffer[head:tail], np.uint64).reshape(count, block // 8))
+    if not head and tail == len(buffer):
+        return middle
+    first = [not np.frombuffer(buffer[:head], np.uint8).any()] if head else []
+    last = [not np.frombuffer(buffer[tail:], np.uint8).any()] if tail < len(buffer) else []
+    return np.concatenate((np.array(first, np.bool_), middle, np.array(last, np.bool_)))
+
+
+def _zero_rows(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each row is all zeroes. Most rows of real data are settled by their first word."""
+    import numpy as np
+
+    zero: NDArray[np.bool_] = words[:, 0] == 0
+    candidates = np.flatnonzero(zero)
+    if len(candidates) * 4 < len(zero):
+        if len(candidates):
+            zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
+        return zero
+    return np.asarray(np.bitwise_or.reduce(words, axis=1) == 0)
+
+
+def _edges(length: int, head: int, block: int) -> NDArray[np.int64]:
+    """Where the blocks begin, and the end of the last."""
+    import numpy as np
+
+    inner = np.arange(head, length, block, dtype=np.int64)
+    return np.concatenate(([0], inner, [length]) if head else (inner, [length]))
 
 
 def _join_runs(edges: NDArray[np.int64], zero: NDArray[np.bool_], sparse: int, offset: int,

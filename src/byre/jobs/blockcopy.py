@@ -29,10 +29,10 @@ __all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Segment", "SourceDisk"]
 COPY: Final = 0
 ZERO: Final = 1
 
-CHUNK: Final = MIB
+CHUNK: Final = 2 * MIB
 """Data per task: a buffer being read and one being written stay in the processor's cache."""
 
-_PEER_CHUNK: Final = 2 * MIB
+_COMPRESS_CHUNK: Final = MIB
 _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
 
@@ -167,9 +167,9 @@ class BlockCopy:
         # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
         self._unit = getattr(node, "zero_unit", 1) if _is_power_of_two(settings.sparse) else 1
         self._alignment = node.limits.request_alignment
-        exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
-        self._chunk = max(_PEER_CHUNK if exact else CHUNK, self._cluster if settings.compress else 0)
-        self._exact = exact
+        self._chunk = max(_COMPRESS_CHUNK, self._cluster) if settings.compress else CHUNK
+        # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
+        self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
         if settings.compress:
             from ..formats.abilities import HasCompression
