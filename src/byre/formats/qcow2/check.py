@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
+from ...errors import Cancelled, Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
 from . import repair
 from .check_compare import Comparison
 from .check_copied import check_copied
@@ -71,9 +71,16 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
         _check_flags(found, control, mend=False)
         return found.findings.result()
     try:
-        return _mend(node, control, fix).result()
-    finally:
+        findings = _mend(node, control, fix)
+    except Cancelled:
         node.invalidate()
+        raise
+    except BaseException as error:
+        # What is on disk is consistent, what is in memory may not be.
+        node.fail_stop(error)
+        raise
+    node.invalidate()
+    return findings.result()
 
 
 def repair_dirty(node: Qcow2Node) -> None:
@@ -112,6 +119,8 @@ def _analyse(node: Qcow2Node, control: Control | None, *, fix: str = "", mend_sn
         except Aborted:
             return Analysis(subject, findings, None, width)
         except (IOFailure, ImageError) as error:
+            if fix:
+                raise
             findings.check_errors += 1
             findings.say(f"ERROR: {error}")
             return Analysis(subject, findings, None, width)

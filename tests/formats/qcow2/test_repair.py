@@ -1,0 +1,413 @@
+"""Repairing qcow2 images: what was found is gone afterwards, guest data stays, the peer agrees."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import byre
+from byre.errors import ByreError, Corrupt, IOFailure, NotSupported
+from byre.formats.abilities import Checkable, CheckResult
+from byre.formats.qcow2 import check_counts, layout
+from byre.graph.node import Node
+from byre.jobs.job import Control
+
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+COPIED = 1 << 63
+SIZE = 8 << 20
+
+
+def check(path: Path, fix: str = "") -> CheckResult:
+    with byre.open(str(path), format="qcow2", read_only=not fix, check=True, backing=False) as image:
+        node = image.node
+        assert isinstance(node, Checkable)
+        return node.check(Control(), fix)
+
+
+def clean(path: Path) -> bool:
+    return check(path)[:3] == (0, 0, 0)
+
+
+def content(path: Path) -> bytes:
+    with byre.open(str(path), backing=False) as image:
+        return bytes(image.read(0, image.size))
+
+
+def word(path: Path, offset: int) -> int:
+    value: int = struct.unpack_from(">Q", path.read_bytes(), offset)[0]
+    return value
+
+
+def put(path: Path, offset: int, value: int, form: str = ">Q") -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(form, value))
+
+
+def header(path: Path) -> layout.Header:
+    return layout.decode_header(path.read_bytes()[:4096], repair=True)
+
+
+def l2(path: Path, index: int) -> int:
+    stride = 16 if header(path).extended_l2 else 8
+    return (word(path, header(path).l1_table_offset) & OFFSET) + stride * index
+
+
+def block(path: Path) -> int:
+    return word(path, header(path).refcount_table_offset)
+
+
+@pytest.fixture(params=[16, 1, 64])
+def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """4 KiB clusters, refcounts of 16 bits and others: 300 KiB and 100 KiB of data."""
+    path = tmp_path / "a.qcow2"
+    byre.create(str(path), "qcow2", SIZE, options={"cluster_size": 4096, "refcount_bits": request.param})
+    with byre.open(str(path), read_only=False) as image:
+        image.write(0, bytes(range(256)) * 1200)
+        image.write(1 << 20, b"b" * 100_000)
+    return path
+
+
+def set_count(path: Path, cluster: int, value: int) -> None:
+    bits = 1 << header(path).refcount_order
+    at = block(path) + cluster * bits // 8
+    if bits == 1:
+        byte = path.read_bytes()[at] & ~(1 << cluster % 8) | (value & 1) << cluster % 8
+        put(path, at, byte, ">B")
+    else:
+        put(path, at, value, {16: ">H", 64: ">Q"}[bits])
+
+
+# -- counts and flags -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fix", ["leaks", "all"])
+def test_leaks(image: Path, fix: str) -> None:
+    put(image, l2(image, 3), 0)
+    put(image, l2(image, 70), 0)
+    before = content(image)
+    result = check(image, fix)
+    assert result[:5] == (0, 0, 0, 0, 2)
+    assert all(message.startswith("Repairing cluster ") for message in result.messages)
+    assert clean(image)
+    assert content(image) == before
+
+
+def test_leaks_alone_leave_errors_alone(image: Path) -> None:
+    put(image, l2(image, 3), word(image, l2(image, 4)))
+    result = check(image, "leaks")
+    assert result.leaks_fixed == 1
+    assert result.corruptions > 0
+    assert not result.corruptions_fixed
+    assert not clean(image)
+
+
+def test_a_count_of_zero_rebuilds(image: Path) -> None:
+    before = content(image)
+    host = (word(image, l2(image, 3)) & OFFSET) >> 12
+    set_count(image, host, 0)
+    set_count(image, host + 1, 0)
+    refused = check(image, "leaks")
+    assert refused.check_errors == 1
+    assert "ERROR need to rebuild refcount structures" in refused.messages
+    old = header(image).refcount_table_offset
+    result = check(image, "all")
+    assert result[:4] == (0, 0, 0, 2)
+    assert "Rebuilding refcount structure" in result.messages
+    assert header(image).refcount_table_offset != old
+    assert clean(image)
+    assert content(image) == before
+
+
+@pytest.mark.parametrize("image", [16, 64], indirect=True)
+def test_shared_clusters_get_their_count_and_lose_the_flag(image: Path) -> None:
+    put(image, l2(image, 3), word(image, l2(image, 4)))
+    before = content(image)
+    result = check(image, "all")
+    assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0)
+    assert result.leaks_fixed == 1
+    assert result.corruptions_fixed == 3  # the count and two flags
+    assert not word(image, l2(image, 3)) & COPIED
+    assert clean(image)
+    assert content(image) == before
+    with byre.open(str(image), read_only=False) as opened:
+        opened.write(3 << 12, b"new")
+        assert opened.read(4 << 12, 3) == before[4 << 12 : (4 << 12) + 3]
+
+
+@pytest.mark.parametrize("fix", ["leaks", "all"])
+def test_flags(image: Path, fix: str) -> None:
+    l1 = header(image).l1_table_offset
+    put(image, l1, word(image, l1) & ~COPIED)
+    for index in (0, 5, 30):
+        put(image, l2(image, index), word(image, l2(image, index)) & ~COPIED)
+    result = check(image, fix)
+    assert result[:5] == (0, 0, 0, 4, 0)
+    assert clean(image)
+
+
+# -- structures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", [0, 0x200, 0x7F, 1 << 40, 1 << 63, 0x3000, 0x1000])
+def test_refcount_table_entries(image: Path, entry: int) -> None:
+    before = content(image)
+    put(image, header(image).refcount_table_offset, entry)
+    assert not clean(image)
+    length = image.stat().st_size
+    result = check(image, "all")
+    assert (result.corruptions, result.leaks) == (0, 0)
+    assert clean(image)
+    assert content(image) == before
+    assert image.stat().st_size < length + (1 << 20)  # an offset far away does not grow the file
+
+
+def test_no_refcount_table_at_all(image: Path) -> None:
+    before = content(image)
+    put(image, 48, 0)
+    put(image, 56, 0, ">I")
+    result = check(image, "all")
+    assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0)
+    assert clean(image)
+    assert content(image) == before
+
+
+@pytest.mark.parametrize("dense", [1, 4096 * 8])
+def test_rebuilding_in_windows(image: Path, monkeypatch: pytest.MonkeyPatch, dense: int) -> None:
+    before = content(image)
+    put(image, header(image).refcount_table_offset, 0)
+    with open(image, "r+b") as file:
+        file.truncate(3 << 30)
+    monkeypatch.setattr(check_counts, "DENSE_BYTES", dense)
+    monkeypatch.setattr(check_counts, "SPARSE_KEYS", 100)
+    monkeypatch.setattr(check_counts, "BINS", 64)
+    result = check(image, "all")
+    assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0)
+    assert clean(image)
+    assert content(image) == before
+
+
+def test_a_file_that_cannot_grow(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a block device: the new structures go where nothing is."""
+    before = content(image)
+    with open(image, "r+b") as file:
+        file.truncate(image.stat().st_size + (64 << 12))
+    put(image, header(image).refcount_table_offset, 0)
+    length = image.stat().st_size
+
+    def refuse(self: Node, size: int, **more: object) -> None:
+        raise NotSupported("this is a device")
+
+    from byre.protocols.file import FileNode
+
+    monkeypatch.setattr(FileNode, "resize", refuse)
+    result = check(image, "all")
+    assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0)
+    assert image.stat().st_size == length
+    assert clean(image)
+    assert content(image) == before
+
+
+@pytest.mark.parametrize("image", [16], indirect=True)
+def test_an_l2_table_on_top_of_the_header_is_not_written(image: Path) -> None:
+    put(image, header(image).l1_table_offset, COPIED | 1)
+    head = image.read_bytes()[:48]
+    check(image, "all")
+    assert image.read_bytes()[:48] == head
+
+
+def test_preallocated_clusters_that_are_not_aligned(image: Path) -> None:
+    put(image, l2(image, 5), (word(image, l2(image, 5)) + 512) | 1)
+    result = check(image, "all")
+    assert (result.corruptions, result.check_errors) == (0, 0)
+    assert result.corruptions_fixed >= 1
+    assert word(image, l2(image, 5)) == 1
+    assert clean(image)
+
+
+# -- feature bits ---------------------------------------------------------------------------------
+
+
+def test_dirty_and_corrupt_bits_are_cleared(image: Path) -> None:
+    put(image, 72, layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT)
+    with pytest.raises(ByreError, match="corrupt"):
+        byre.open(str(image), read_only=False)
+    assert clean(image)
+    assert check(image, "all")[:5] == (0, 0, 0, 0, 0)
+    assert word(image, 72) == 0
+    with byre.open(str(image), read_only=False) as opened:
+        opened.write(0, b"x")
+    assert clean(image)
+
+
+def test_bits_stay_where_damage_stays(image: Path) -> None:
+    put(image, 72, layout.INCOMPATIBLE_CORRUPT)
+    put(image, l2(image, 5), COPIED | 1 << 40)
+    result = check(image, "all")
+    assert result.corruptions
+    assert word(image, 72) == layout.INCOMPATIBLE_CORRUPT
+
+
+def test_a_dirty_image_is_mended_when_it_is_opened_for_writing(image: Path) -> None:
+    before = content(image)
+    for cluster in range(40):
+        set_count(image, cluster, 0)
+    put(image, 72, layout.INCOMPATIBLE_DIRTY)
+    assert content(image) == before  # reading needs no repair
+    assert word(image, 72) == layout.INCOMPATIBLE_DIRTY
+    with byre.open(str(image), read_only=False) as opened:
+        opened.write(2 << 20, b"c" * 10_000)
+        assert opened.read(0, len(before))[: 2 << 20] == before[: 2 << 20]
+    assert word(image, 72) == 0
+    assert clean(image)
+
+
+def test_a_dirty_image_that_cannot_be_mended_is_refused(image: Path) -> None:
+    put(image, l2(image, 5), COPIED | 1 << 40)
+    put(image, 72, layout.INCOMPATIBLE_DIRTY)
+    with pytest.raises(Corrupt, match="could not be repaired"):
+        byre.open(str(image), read_only=False)
+
+
+# -- failures -------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_image_no_worse(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write of a rebuild fails in turn; what is on disk then can still be read and mended."""
+    from byre.protocols.file import FileNode
+
+    before = content(image)
+    put(image, header(image).refcount_table_offset, 0)
+    broken = image.read_bytes()
+    write = FileNode.write_from
+    for stop in range(20):
+        image.write_bytes(broken)
+        left = [stop]
+
+        def failing(self: Any, offset: int, buffer: memoryview, flags: int = 0, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise IOFailure("no more")
+            write(self, offset, buffer, flags)
+
+        monkeypatch.setattr(FileNode, "write_from", failing)
+        try:
+            done = check(image, "all")
+        except ByreError:
+            done = None
+        monkeypatch.undo()
+        assert content(image) == before
+        if done is not None and not done.check_errors:
+            assert stop > 1
+            break
+        assert check(image, "all").corruptions == 0
+        assert clean(image)
+    else:
+        pytest.fail("the repair never came to its end")
+
+
+# -- side by side ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shots(tmp_path: Path, qemu_img: Any, qemu_io: Any) -> Path:
+    """Three snapshots, written by the peer."""
+    path = tmp_path / "s.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, SIZE)
+    for number in range(3):
+        qemu_io("-c", f"write -P {number + 1} {number * 50}k 300k", path)
+        qemu_img("snapshot", "-c", f"s{number}", path)
+    return path
+
+
+def peer(qemu_img: Any, path: Path, *options: str) -> dict[str, Any] | None:
+    done = qemu_img("check", "--output=json", *options, path, check=False)
+    return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+@pytest.mark.oracle
+def test_snapshot_entries_without_extra_data(shots: Path, qemu_img: Any, qemu_io: Any) -> None:
+    """Incomplete entries are written anew, in another place, and refcount structures with them."""
+    at = header(shots).snapshots_offset
+    data = bytearray(shots.read_bytes())
+    extra = struct.unpack_from(">I", data, at + 36)[0]
+    # The first entry loses its extra data: what follows moves up.
+    table = data[at : at + 4096]
+    put_back = table[:36] + bytes(4) + table[40 + extra :]
+    end = 40 + struct.unpack_from(">H", table, 12)[0] + struct.unpack_from(">H", table, 14)[0]
+    size = 40 + extra + end - 40
+    moved = put_back[:end] + bytes(-end % 8) + table[size + -size % 8 :]
+    data[at : at + len(moved)] = moved
+    shots.write_bytes(data)
+    before = content(shots)
+    assert check(shots).corruptions == 1
+    assert (peer(qemu_img, shots) or {}).get("corruptions") == 1
+    result = check(shots, "all")
+    assert result[:4] == (0, 0, 0, 1)
+    assert header(shots).snapshots_offset != at
+    assert clean(shots)
+    assert peer(qemu_img, shots) is not None
+    qemu_img("check", shots)
+    listed = qemu_img("snapshot", "-l", shots).stdout
+    assert all(f"s{number}" in listed for number in range(3))
+    assert content(shots) == before
+    qemu_img("snapshot", "-a", "s0", shots)
+    qemu_io("-c", "read -P 1 0 300k", shots)
+
+
+@pytest.mark.oracle
+def test_too_much_extra_data_is_dropped(shots: Path, qemu_img: Any) -> None:
+    at = header(shots).snapshots_offset
+    put(shots, at + 36, 3000, ">I")
+    refused = check(shots)
+    assert refused.check_errors == 1
+    assert peer(qemu_img, shots) is None
+    result = check(shots, "all")
+    assert result.corruptions_fixed > 0
+    qemu_img("check", shots, check=False)
+    assert check(shots).check_errors == 0
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("options", ["", "refcount_bits=8", "extended_l2=on,cluster_size=16384", "compat=0.10"])
+def test_random_damage_is_mended_as_by_the_peer(tmp_path: Path, qemu_img: Any, qemu_io: Any, options: str) -> None:
+    """Wherever the peer's repair leaves nothing wrong, ours does, and the peer agrees; what cannot be mended agrees."""
+    path, other = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    options = options if "cluster_size" in options else ",".join(filter(None, (options, "cluster_size=4096")))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, SIZE)
+    qemu_io("-c", "write -P 1 0 600k", "-c", "write -P 2 3M 200k", path)
+    if "extended" not in options:
+        qemu_img("snapshot", "-c", "s", path)
+        qemu_io("-c", "write -P 3 100k 300k", path)
+    whole = path.read_bytes()
+    head = header(path)
+    tables = [word(path, head.l1_table_offset) & OFFSET, block(path)]
+    chance = random.Random(options)
+    for _ in range(10):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 2, 4))):
+            at = chance.choice(tables) + 8 * chance.randrange(200)
+            value = struct.unpack_from(">Q", data, at)[0]
+            elsewhere = struct.unpack_from(">Q", data, tables[0] + 16 * chance.randrange(100))[0]
+            changed = chance.choice((0, value ^ COPIED, elsewhere, value ^ 1 << chance.randrange(16, 30)))
+            struct.pack_into(">Q", data, at, changed)
+        path.write_bytes(data)
+        other.write_bytes(data)
+        fix = chance.choice(("all", "leaks"))
+        theirs = peer(qemu_img, other, "-r", fix)
+        mine = check(path, fix)
+        if theirs is None:
+            assert mine.check_errors
+            continue
+        after = check(path)
+        assert (after.corruptions, after.leaks) == (theirs.get("corruptions", 0), theirs.get("leaks", 0))
+        fixed = (theirs.get("corruptions-fixed", 0), theirs.get("leaks-fixed", 0))
+        assert (mine.corruptions_fixed, mine.leaks_fixed) == fixed
+        found = peer(qemu_img, path)
+        assert found is not None
+        assert (found.get("corruptions", 0), found.get("leaks", 0)) == (after.corruptions, after.leaks)
