@@ -109,9 +109,9 @@ def _create(filename: str, format_name: str, size: int | None, options: dict[str
 
 
 def split_options(declared: OptionSet, options: dict[str, str]) -> tuple[dict[str, object], InvalidArgument | None]:
-    """(options with their types, the first refusal of a word that is not among the choices).
+    """(options with their types, the first refusal of a word that is not among the choices, or of a count).
 
-    The peer shows what it was asked for before it judges words; numbers it judges at once.
+    The peer shows what it was asked for before it judges these; sizes it judges at once.
 
     :raises BadNumber: a size that is no number
     """
@@ -122,7 +122,7 @@ def split_options(declared: OptionSet, options: dict[str, str]) -> tuple[dict[st
         try:
             accepted[name] = convert(declared[name], text) if name in declared else text
         except InvalidArgument as error:
-            if kind == "enum":
+            if kind in ("enum", "int"):
                 refusal = refusal or error
             elif kind == "size" and not text[1:].isdecimal():
                 raise common.BadNumber(error.message, _SUFFIXES) from None
