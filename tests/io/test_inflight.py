@@ -129,3 +129,62 @@ def test_freed_space_is_never_in_use(steps: list[tuple[str, int]]) -> None:
             waiting.append((number, set(out)))
             inflight.when_clear(lambda number=number: freed.append(number))  # type: ignore[misc]
         assert sorted(freed) == [number for number, needed in waiting if not needed]
+
+
+def test_wait_idle_waits_for_claims_and_tickets_and_keeps_writers_out() -> None:
+    lock = threading.Lock()
+    inflight = InFlight(lock)
+    order: list[str] = []
+    with lock:
+        old, ticket = inflight.claim(0, 10), inflight.take()
+
+    def exclusive() -> None:
+        with lock:
+            claim = inflight.wait_idle()
+            order.append("alone")
+            assert inflight.claim_count == 1
+            assert inflight.ticket_count == 0
+            inflight.release(claim)
+
+    def writer() -> None:
+        with lock:
+            inflight.wait_clear(100, 110)
+            order.append("writer")
+
+    first, second = threading.Thread(target=exclusive), threading.Thread(target=writer)
+    first.start()
+    while True:
+        with lock:
+            if inflight.claim_count == 2:
+                break
+    second.start()
+    with lock:
+        inflight.release(old)
+    with lock:
+        inflight.give_back(ticket)
+    first.join(10)
+    second.join(10)
+    assert order == ["alone", "writer"]
+
+
+def test_two_that_want_to_be_alone_take_turns() -> None:
+    lock = threading.Lock()
+    inflight = InFlight(lock)
+    with lock:
+        ticket = inflight.take()
+    done: list[int] = []
+
+    def exclusive(number: int) -> None:
+        with lock:
+            claim = inflight.wait_idle()
+            done.append(number)
+            inflight.release(claim)
+
+    threads = [threading.Thread(target=exclusive, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    with lock:
+        inflight.give_back(ticket)
+    for thread in threads:
+        thread.join(10)
+    assert sorted(done) == [0, 1]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["InFlight"]
+
+_EVERYTHING: Final = (0, 1 << 64)
 
 
 class InFlight:
@@ -59,6 +61,21 @@ class InFlight:
         """Wait until no claim is left."""
         while self._claims:
             self.changed.wait()
+
+    def wait_idle(self) -> tuple[int, int]:
+        """Claim everything and wait until no other claim and no ticket is out.
+
+        New writers wait from now on; release the result with :meth:`release`. Readers are not held back: whoever
+        must not wait for a stream of them pauses the Images first.
+        """
+        while _EVERYTHING in self._claims:
+            self.changed.wait()
+        claim = self.claim(*_EVERYTHING)
+        while len(self._claims) > 1 or self._out:
+            if self._out:
+                self.when_clear(self.changed.notify_all)
+            self.changed.wait()
+        return claim
 
     @property
     def claim_count(self) -> int:

@@ -16,7 +16,7 @@ from .entries import COPIED
 if TYPE_CHECKING:
     from .image import Qcow2Node
 
-__all__ = ["resize"]
+__all__ = ["grow_l1", "resize"]
 
 
 def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
@@ -64,7 +64,7 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
         node.check_failure()
         node.inflight.wait_all()
         if entries > len(node.mapping.l1):
-            node._guarded(lambda: _grow_l1(node, entries))
+            node._guarded(lambda: grow_l1(node, entries))
         # The engine clips at the size; what lies behind the old end must be settled before the header names it.
         node._size = size
     try:
@@ -95,7 +95,7 @@ def _hide_backing(node: Qcow2Node, start: int, end: int) -> None:
         engine.write_zeroes(node, start, end - start, MAY_UNMAP)
 
 
-def _grow_l1(node: Qcow2Node, entries: int) -> None:
+def grow_l1(node: Qcow2Node, entries: int) -> None:
     """Move to a larger L1 table: written, published in one sector, then the old one is let go; lock held."""
     refcounts, mapping, header = node.refcounts, node.mapping, node.header
     assert refcounts is not None
