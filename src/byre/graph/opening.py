@@ -364,7 +364,7 @@ class Opener:
             if len(seen) >= CHAIN_LIMIT:
                 raise ImageError(f"the backing chain is longer than {CHAIN_LIMIT} layers", where=node.filename)
             identity = self._identity(below)
-            if identity in seen:
+            if identity is not None and identity in seen:
                 raise ImageError(f"the backing chain contains {below.filename!r} twice", where=node.filename)
             # Nodes without a file of their own count as well.
             seen.add(identity if identity is not None else below)
