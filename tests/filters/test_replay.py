@@ -159,15 +159,23 @@ def test_a_flush_does_not_cover_what_was_in_flight() -> None:
 def test_the_later_of_two_overlapping_writes_is_not_undone_by_the_earlier() -> None:
     log = WriteLog()
     log.add_disk("d", SparseDisk(4096))
-    early = log.issue("d", "write", 0, 2, b"ee")
-    late = log.issue("d", "write", 1, 1, b"l")
+    early = log.issue("d", "write", 0, 1024, b"e" * 1024)
+    late = log.issue("d", "write", 512, 512, b"l" * 512)
     log.complete(late)
     flush = log.issue("d", "flush")
     log.complete(early)
     log.complete(flush)
     log.mark("after")
-    found = {s.disks["d"].read(0, 2) for s in crash_states(log) if s.marks}
+    found = {s.disks["d"].read(0, 1024)[::512] for s in crash_states(log) if s.marks}
     assert found == {b"\0l", b"el"}
+
+
+def test_what_shares_a_sector_with_an_earlier_write_carries_it_along() -> None:
+    node = disk(data=b"d" * 4096)
+    write(node, 10, b"first")
+    write(node, 100, b"second")
+    seen = {(s.disks["disk"].read(10, 5), s.disks["disk"].read(100, 6)) for s in crash_states(node.log)}
+    assert seen == {(b"ddddd", b"dddddd"), (b"first", b"dddddd"), (b"first", b"second")}
 
 
 def test_fua_covers_its_own_write_only() -> None:

@@ -14,6 +14,8 @@ import threading
 from itertools import combinations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from ..units import align_down, align_up
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -253,11 +255,31 @@ def crash_states(
         yield from _states_at(walk, seed, seen, ignore_discards)
 
 
+def _in_sectors(log: WriteLog) -> list[LogEntry]:
+    """The entries with writes (and zero writes) that begin or end inside a sector widened to whole sectors.
+
+    A disk takes whole sectors: what shares one with an earlier write carries that write's bytes along.
+    """
+    live = {name: disk.copy() for name, disk in log.bases.items()}
+    entries: list[LogEntry] = []
+    for entry in log.entries:
+        if entry.kind in _CHANGES:
+            disk = live[entry.disk]
+            _apply(disk, entry)
+            start = align_down(entry.offset, SECTOR)
+            end = min(align_up(entry.offset + entry.length, SECTOR), disk.size)
+            if entry.kind in ("write", "zeroes") and (start, end - start) != (entry.offset, entry.length):
+                data = disk.read(start, end - start)
+                entry = entry._replace(kind="write", offset=start, length=end - start, data=data)
+        entries.append(entry)
+    return entries
+
+
 class _Walk:
     """Goes through the log tick by tick, keeping what is durable applied and what is pending apart."""
 
     def __init__(self, log: WriteLog) -> None:
-        self.entries = log.entries
+        self.entries = _in_sectors(log)
         self.time = -1
         self.marks: tuple[object, ...] = ()
         self.base = {name: disk.copy() for name, disk in log.bases.items()}
