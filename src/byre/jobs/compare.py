@@ -11,7 +11,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError
-from ..graph import chain
 from ..io import workers
 from ..io.buffers import address_of, aligned_buffer
 from ..io.extent import COMPRESSED, UNALLOCATED
@@ -21,6 +20,7 @@ from ..units import MIB, SECTOR
 from .blockcopy import SourceDisk
 from .holes import split_at_holes
 from .job import Job
+from .stride import Stride
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,9 +144,9 @@ class CompareJob(Job):
 
     def _pieces(self, start: int, end: int) -> Iterator[_Piece]:
         """Ranges of at most CHUNK bytes; the first disagreement of the allocation ends them in strict mode."""
-        step = max(chain.window_size(image.node) for disk in self.disks for image in disk.images)
-        for offset, length in chain.windows(start, end, step):
-            starts, one, two = self._status(offset, length)
+        stride = Stride(image.node for disk in self.disks for image in disk.images)
+        for offset, length in stride.windows(start, end):
+            starts, one, two = self._status(offset, length, stride)
             stops = _ends(starts, offset + length)
             limit = offset + length
             if self.strict:
@@ -164,11 +164,14 @@ class CompareJob(Job):
                 yield _Piece(limit, 0, _BOTH, True)
                 return
 
-    def _status(self, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]:
+    def _status(
+        self, offset: int, length: int, stride: Stride
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]:
         """(row starts, status in the first, status in the second); rows end where either changes."""
         import numpy as np
 
         maps = [_statuses(disk, offset, length) for disk in self.disks]
+        stride.saw(len(maps[0][0]) + len(maps[1][0]))
         starts = np.union1d(maps[0][0], maps[1][0])
         one, two = (status[np.searchsorted(begin, starts, "right") - 1] for begin, status in maps)
         keep = np.concatenate(([True], (one[1:] != one[:-1]) | (two[1:] != two[:-1])))

@@ -18,6 +18,7 @@ from ..io.extent import ZERO as KIND_ZERO
 from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk
 from .holes import split_at_holes
 from .job import Job
+from .stride import Stride
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,10 +102,10 @@ def plan(disk: SourceDisk, layout: Layout, *, salvage: bool = False) -> Iterator
 
     :param salvage: where an image cannot tell what it holds, take it for data
     """
-    step = max((chain.window_size(image.node) for image in disk.images), default=chain.WINDOW)
+    stride = Stride(image.node for image in disk.images)
     pending: Segment | None = None
-    for offset, length in chain.windows(0, disk.size, step):
-        for segment in _window(disk, layout, offset, length, salvage):
+    for offset, length in stride.windows(0, disk.size):
+        for segment in _window(disk, layout, offset, length, salvage, stride):
             if pending is None:
                 pending = segment
             elif pending.action == segment.action and pending.offset + pending.length == segment.offset:
@@ -116,12 +117,15 @@ def plan(disk: SourceDisk, layout: Layout, *, salvage: bool = False) -> Iterator
         yield pending
 
 
-def _window(disk: SourceDisk, layout: Layout, offset: int, length: int, salvage: bool) -> Iterator[Segment]:
+def _window(
+    disk: SourceDisk, layout: Layout, offset: int, length: int, salvage: bool, stride: Stride
+) -> Iterator[Segment]:
     import numpy as np
 
     columns = [_part(disk, layout, *part, salvage) for part in disk.parts(offset, length)]
     starts = np.concatenate([start for start, _ in columns])
     actions = np.concatenate([action for _, action in columns])
+    stride.saw(len(starts))
     end = offset + length
     if layout.over_backing and layout.backing_size >= 0:
         starts, actions = _cut(starts, actions, layout.backing_size, end)
