@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...io import engine
 from ...io.extent import MAY_UNMAP
-from ...units import align_down
+from ...units import align_up
 
 if TYPE_CHECKING:
+    from ..base import Placement
     from .image import Qcow2Node
 
 __all__ = ["preallocate"]
@@ -18,7 +20,9 @@ def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
 
     :param mode: "metadata" (map it only), "falloc" (reserve the blocks) or "full" (write zeroes)
     """
-    offset = align_down(start, node.cluster_size)
+    offset = min(align_up(start, node.cluster_size), end)
+    # The first cluster may hold what lies before ``start``: writing to it keeps that.
+    engine._zero_as_data(node, start, offset, 0)
     host_end = 0
     while offset < end:
         with node.lock:
@@ -26,16 +30,25 @@ def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
             node.inflight.wait_all()
             placements = node.reserve(offset, min(end - offset, 64 << 20))
             fresh = [placement for placement in placements if placement.fresh]
-            for placement in fresh:
-                target = node.sources[placement.source].node
-                if mode == "full":
-                    target.write_zeroes(placement.host, placement.length)
-                elif not placement.zeroed:
-                    target.write_zeroes(placement.host, placement.length, 0 if mode == "falloc" else MAY_UNMAP)
-                host_end = max(host_end, placement.host + placement.length)
+            try:
+                for placement in fresh:
+                    _fill(node, placement, mode)
+                    host_end = max(host_end, placement.host + placement.length)
+            except BaseException:
+                node.cancel(fresh)
+                raise
             node.publish(fresh)
             offset = placements[-1].offset + placements[-1].length
     data = node.sources[0].node
     if host_end > data.size:
         data.resize(host_end, preallocation="falloc" if mode == "falloc" else "off")
     node.flush()
+
+
+def _fill(node: Qcow2Node, placement: Placement, mode: str) -> None:
+    """Make the space read as zeroes."""
+    target = node.sources[placement.source].node
+    if mode == "full":
+        target.write_zeroes(placement.host, placement.length)
+    elif not placement.zeroed:
+        target.write_zeroes(placement.host, placement.length, 0 if mode == "falloc" else MAY_UNMAP)

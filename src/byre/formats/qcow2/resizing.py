@@ -25,9 +25,11 @@ def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
     :raises InvalidArgument: a size no header can hold
     :raises NotSupported: an image whose snapshots record no size of their own (version 2)
     """
-    if size > layout.MAX_VIRTUAL_SIZE or size % 512:
+    if not 0 <= size <= layout.MAX_VIRTUAL_SIZE or size % 512:
         raise InvalidArgument(f"the new size is {size}, allowed are multiples of 512 up to {layout.MAX_VIRTUAL_SIZE}",
                               where=node.filename)  # fmt: skip
+    if preallocation not in ("off", "metadata", "falloc", "full"):
+        raise InvalidArgument(f"unknown preallocation mode {preallocation!r}", where=node.filename)
     header = node.header
     if header.nb_snapshots and header.version < 3:
         raise NotSupported("an image with internal snapshots cannot be resized in version 2", where=node.filename,
@@ -39,6 +41,10 @@ def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
         raise InvalidArgument(f"the new size of {size} bytes needs an L1 table of {entries * 8} bytes, allowed are "
                               f"{layout.MAX_L1_SIZE}", where=node.filename, hint="use larger clusters")  # fmt: skip
     before = header.size
+    if size != before:
+        with node.lock:
+            node.check_failure()
+            node._before_change()
     if size < before:
         if preallocation != "off":
             raise InvalidArgument("preallocation makes no sense when shrinking", where=node.filename)
@@ -134,6 +140,7 @@ def _shrink(node: Qcow2Node, before: int, size: int) -> None:
         _drop_empty_tables(node, align_up(size, node.cluster_size))
         node._guarded(node.write_back)
         node._guarded(node.file.flush)
+    _zero_tail(node, size, min(before, align_up(size, node.cluster_size)))
     if node.file.size > 0:
         _trim(node)
     data_file = node.data_file
@@ -142,6 +149,21 @@ def _shrink(node: Qcow2Node, before: int, size: int) -> None:
         if data_file.size > size and node.header.raw_data_file:
             # A device keeps its length, but what was cut off must not come back when the image grows again.
             data_file.write_zeroes(size, min(before, data_file.size) - size, MAY_UNMAP)
+
+
+def _zero_tail(node: Qcow2Node, size: int, end: int) -> None:
+    """What the last cluster holds behind the new size is overwritten: not every program that grows images does that."""
+    if end <= size:
+        return
+    with node.lock:
+        node._size = end  # the engine clips at the size
+    try:
+        if not engine.reads_zero(node, size, end - size):
+            engine.write_zeroes(node, size, end - size)
+        engine.flush(node)
+    finally:
+        with node.lock:
+            node._size = size
 
 
 def _drop_empty_tables(node: Qcow2Node, end: int) -> None:
