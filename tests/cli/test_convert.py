@@ -242,7 +242,9 @@ def test_a_failed_conversion_removes_what_it_made(here: Path, capsys: pytest.Cap
     assert main(["convert", "--image-opts", BAD_SECTOR, "c"]) == 1
     assert "error while reading at byte" in capsys.readouterr().err
     assert not (here / "c").exists()
-    (here / "c").write_bytes(b"")
+    (here / "c").write_bytes(bytes(1 << 20))
+    assert main(["convert", "-n", "--image-opts", BAD_SECTOR, "c"]) == 1
+    assert "c is only partly overwritten" in capsys.readouterr().err
     assert main(["convert", "--image-opts", BAD_SECTOR, "c"]) == 1
     assert "left behind incomplete" in capsys.readouterr().err
 

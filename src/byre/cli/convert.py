@@ -270,5 +270,10 @@ class _Conversion:
                 speed=self.rate,
                 measure=self.mode != "none",
             )
-            with Display(job.control, "convert", self.mode):
-                job.execute()
+            try:
+                with Display(job.control, "convert", self.mode):
+                    job.execute()
+            except BaseException:
+                if not self.new:
+                    common.warn(f"{self.output} is only partly overwritten")
+                raise
