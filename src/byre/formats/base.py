@@ -121,6 +121,13 @@ class FormatNode(Node):
         """Fill ``buffer`` with the guest bytes of a COMPRESSED extent (which may be part of a cluster)."""
         raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
 
+    def in_place(self, offset: int, length: int) -> int:
+        """The host offset in ``sources[0]`` where the whole range may be written as it is, -1 if it is not that simple.
+
+        A short cut past :meth:`reserve`; a node with a cipher or a fault filter below does without it.
+        """
+        return -1
+
     def reserve(self, offset: int, length: int) -> list[Placement]:
         """Where these bytes may go, in order, covering the range; allocates, does not link. May stop early."""
         raise NotSupported(f"driver {self.driver!r} cannot write", where=self.filename)

@@ -166,6 +166,31 @@ def _write_step(node: FormatNode, offset: int, view: memoryview) -> int:
     end = offset + len(view)
     unit = node.cluster_size
     with node.lock:
+        if node.failure is not None:
+            node.check_failure()
+        if inflight.wait_clear(align_down(offset, unit), align_up(end, unit)):
+            node.check_failure()
+        host = node.in_place(offset, len(view))
+        if host >= 0:
+            ticket = inflight.take()
+    if host >= 0:
+        # Most writes meet clusters that are there already: nothing to reserve, nothing to publish.
+        try:
+            node.sources[0].node.write_from(host, view)
+        finally:
+            with node.lock:
+                inflight.give_back(ticket)
+        return len(view)
+    return _write_reserved(node, offset, view)
+
+
+def _write_reserved(node: FormatNode, offset: int, view: memoryview) -> int:
+    """As :func:`_write_step`, through reserve and publish."""
+    inflight = node.inflight
+    end = offset + len(view)
+    unit = node.cluster_size
+    with node.lock:
+        # Looked at again: the lock was let go.
         node.check_failure()
         inflight.wait_clear(align_down(offset, unit), align_up(end, unit))
         node.check_failure()

@@ -203,6 +203,11 @@ class Qcow2Node(FormatNode):
             self.file.flush()
         self._writing = True
 
+    def in_place(self, offset: int, length: int) -> int:
+        if not self._writing or self.cipher is not None or self.report is not None:
+            return -1
+        return self.mapping.in_place(offset, length)
+
     def reserve(self, offset: int, length: int) -> list[Placement]:
         self._before_change()
         self._dropping = "other"

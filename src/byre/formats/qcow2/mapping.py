@@ -267,6 +267,24 @@ class Mapping:
 
     # -- reserve ----------------------------------------------------------------------------------
 
+    def in_place(self, offset: int, length: int) -> int:
+        """Where a range inside one plain cluster, owned by the active layer alone, lies; -1 otherwise."""
+        skip = offset & (self.cluster_size - 1)
+        if self.extended or skip + length > self.cluster_size:
+            return -1
+        l1_index = offset >> self.span_bits
+        entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
+        table = self.l2.tables.get(entry & OFFSET_MASK)
+        if not entry & COPIED or table is None or table.words is None:
+            return -1
+        table.used = True
+        word = table.words[offset >> self.cluster_bits & self.l2_mask]
+        host = word & OFFSET_MASK
+        if not word & COPIED or word & (COMPRESSED | ZERO) or not host or host & (self.cluster_size - 1):
+            return -1
+        return host + skip
+
+
     def reserve(self, offset: int, length: int) -> list[Placement]:
         """Placements from ``offset``, up to the end of its L2 table at most."""
         l1_index = offset >> self.span_bits
