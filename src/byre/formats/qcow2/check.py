@@ -165,6 +165,9 @@ def _mend(node: Qcow2Node, control: Control | None, fix: str) -> Findings:
         return before
     elif before.leaks or before.corruptions:
         found = _analyse(node, control, fix=fix, width=found.width)
+        # What was found is said as well as what was mended.
+        found.findings.messages = before.messages + found.findings.messages
+        found.findings.left_out += before.left_out
     findings = found.findings
     findings.corruptions_fixed += zeroed
     # Without "all", flags are set right only where the counts are certain.
