@@ -122,6 +122,7 @@ class Qcow2Node(FormatNode):
             self.file, header.cluster_bits, header.refcount_order, header.refcount_table_offset,
             header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self._metadata_at, self.filename,
         )  # fmt: skip
+        self.refcounts.on_failure = self.fail_stop
         self.mapping.refcounts = self.refcounts
 
     def _metadata_at(self, first: int, count: int) -> str:

@@ -37,6 +37,10 @@ def _no_report(_name: str) -> None:
     pass
 
 
+def _no_failure(_error: BaseException) -> None:
+    pass
+
+
 class Refcounts:
     """Guarded by the node's lock.
 
@@ -76,6 +80,8 @@ class Refcounts:
         self.blocks.report = file.debug_event if file.takes_events else None
         self.blocks.load_event, self.blocks.update_event = "refblock_load", "refblock_update_part"
         self._publish_table = publish_table
+        #: Told that moving the table failed half way: nothing may be written any more.
+        self.on_failure: Callable[[BaseException], None] = _no_failure
         self._guard = guard
         self._hint = 0
         self._packed_at = 0  # host offset behind the last compressed cluster, 0 for none
@@ -321,11 +327,15 @@ class Refcounts:
         if new_clusters << self.cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
             raise NoSpace("the image cannot grow: its refcount table would exceed 8 MiB", where=self.where,
                           hint="use larger clusters")  # fmt: skip
-        self.write_back()
         old_offset, old_clusters = self.table_offset, self.table_clusters
-        grown = self.table[:]
-        grown.frombytes(bytes((new_clusters << self.cluster_bits) - len(grown) * 8))
-        self._place_table(grown, start, block_count, new_clusters, first_block)
+        try:
+            self.write_back()
+            grown = self.table[:]
+            grown.frombytes(bytes((new_clusters << self.cluster_bits) - len(grown) * 8))
+            self._place_table(grown, start, block_count, new_clusters, first_block)
+        except BaseException as error:
+            self.on_failure(error)
+            raise
         self.release(old_offset, old_clusters)
 
     def _place_table(self, grown: array[int], start: int, block_count: int, clusters: int, first_block: int) -> None:
