@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import byre
 from byre.errors import (
     AccessDenied,
     ByreError,
@@ -674,3 +675,16 @@ def test_identity_tells_files_apart(tmp_path: Path, open_file: OpenFile) -> None
     nodes = [open_file(tmp_path / name) for name in ("a", "hard", "soft")]
     assert len({node.identity for node in nodes}) == 1
     assert open_file(make(tmp_path / "other", 10)).identity != nodes[0].identity
+
+
+def test_bulk_writes_occupy_what_they_wrote_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "bulk"
+    path.write_bytes(b"")
+    with byre.open(str(path), format="raw", read_only=False, resizable=True) as image:
+        image.resize(8 << 20)
+        image.node.children["file"].node.bulk_size = 256 << 10  # type: ignore[attr-defined]
+        image.write(1 << 20, b"x" * (1 << 20))
+        image.write(4 << 20, b"y" * 4096)
+    assert path.stat().st_size == 8 << 20
+    assert (1 << 20) + 4096 <= path.stat().st_blocks * 512 <= (1 << 20) + 65536
+    assert path.read_bytes()[1 << 20 : 2 << 20] == b"x" * (1 << 20)

@@ -16,7 +16,7 @@ from ..errors import ByreError, NotSupported
 from ..io import workers
 from ..io.buffers import aligned_buffer, zero_fill
 from ..io.sparse import data_runs
-from ..units import MIB, SECTOR, align_up
+from ..units import KIB, MIB, SECTOR, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +33,7 @@ CHUNK: Final = 2 * MIB
 """Data per task: a buffer being read and one being written stay in the processor's cache."""
 
 _COMPRESS_CHUNK: Final = MIB
+_BULK: Final = 256 * KIB
 _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
 
@@ -171,6 +172,9 @@ class BlockCopy:
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
+        for child in getattr(node, "sources", ()):
+            if hasattr(child.node, "bulk_size"):
+                child.node.bulk_size = _BULK
         if settings.compress:
             from ..formats.abilities import HasCompression
 

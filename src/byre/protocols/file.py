@@ -78,6 +78,7 @@ class FileNode(Node):
 
     :ivar identity: equal for two nodes exactly if they are the same file
     :ivar is_device: a block device
+    :ivar bulk_size: writes at least this long have their blocks allocated first; set by who streams a whole disk
     :ivar runtime: its options, which reopening starts from
     """
 
@@ -98,6 +99,7 @@ class FileNode(Node):
         self.runtime = options or OPTIONS.parse({}, what="driver 'file'")
         self.is_device = opened.is_device
         self.identity = opened.identity
+        self.bulk_size = 1 << 62
         self._where = printable(path)
         self._fd = opened.fd
         self._lock = threading.Lock()
@@ -220,6 +222,8 @@ class FileNode(Node):
         """:raises NoSpace, IOFailure: the system's error, with offset and length"""
         length = len(buffer)
         end = offset + length
+        if length >= self.bulk_size and not self.read_only:
+            self._space.allocate(offset, length)
         if flags & FUA or end > self._length.value or self._direct is not None or self.read_only:
             self._write_with_care(offset, (buffer,), length, flags)
             return

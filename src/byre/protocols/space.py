@@ -10,19 +10,22 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import ctypes
 
-__all__ = ["ALLOCATE", "KEEP_SIZE", "PUNCH", "ZERO_RANGE", "device_discard", "device_zero", "fallocate", "next_data"]
+__all__ = ["ALLOCATE", "KEEP_SIZE", "PUNCH", "ZERO_RANGE", "allocates_late", "device_discard", "device_zero",
+           "fallocate", "next_data"]  # fmt: skip
 
 KEEP_SIZE: Final = 1
 ALLOCATE: Final = 0
 PUNCH: Final = 2 | KEEP_SIZE
 ZERO_RANGE: Final = 16
 
+_EXT4: Final = 0xEF53
 _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENODEV)
@@ -58,6 +61,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return True
+
+
+def allocates_late(fd: int) -> bool:
+    """Whether the file system is ext4, which reserves space page by page at each write unless it is allocated."""
+    import ctypes
+
+    result = ctypes.create_string_buffer(256)
+    if _libc().fstatfs(ctypes.c_int(fd), result) != 0:
+        return False
+    return int.from_bytes(result.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == _EXT4
 
 
 def device_discard(fd: int, offset: int, length: int) -> bool:
