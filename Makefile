@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -qq
 
 .PHONY: help demo test lint unit docs bench clean
 .DEFAULT_GOAL := help

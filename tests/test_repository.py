@@ -145,11 +145,11 @@ def loaded_modules(*arguments: str, folder: Path) -> set[str]:
 
 # What start-up may load. A name with a dot at its end allows all modules below it.
 STANDARD = {
-    "__future__", "_bisect", "_collections", "_contextvars", "_ctypes", "_functools", "_operator", "_sre", "_struct", "_typing",
-    "_weakrefset", "array", "bisect", "collections", "collections.abc", "contextlib", "contextvars", "copyreg", "ctypes", "enum",
-    "errno", "fcntl", "functools", "importlib", "importlib.", "itertools", "keyword", "math", "operator", "re", "re.",
-    "reprlib", "select", "signal", "stat", "struct", "threading", "time", "types", "typing", "typing.", "warnings",
-    "weakref",
+    "__future__", "_bisect", "_collections", "_contextvars", "_ctypes", "_functools", "_operator", "_sre", "_struct",
+    "_typing", "_weakrefset", "array", "bisect", "collections", "collections.abc", "contextlib", "contextvars",
+    "copyreg", "ctypes", "enum", "errno", "fcntl", "functools", "importlib", "importlib.", "itertools", "keyword",
+    "math", "operator", "re", "re.", "reprlib", "select", "signal", "stat", "struct", "threading", "time", "types",
+    "typing", "typing.", "warnings", "weakref",
 }  # fmt: skip
 WORDS = {
     "byre", "byre.catalog", "byre.errors", "byre.options", "byre.units",
