@@ -6,6 +6,7 @@ Conflicts between users of a node are found when an edge is made, never during a
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import AlreadyExists, Busy, InvalidArgument, NotFound
@@ -97,7 +98,8 @@ class Graph:
                 self.refresh_permissions(child.node)
             except BaseException:
                 child.used, child.shared = before
-                self.refresh_permissions(child.node)
+                with suppress(Busy):  # a node that needs more than before keeps what it can get; the first error counts
+                    self.refresh_permissions(child.node)
                 raise
 
     def detach(self, child: Child) -> None:

@@ -260,6 +260,12 @@ class Node:
     def reopen_abort(self, token: object) -> None:
         """Let go of what ``reopen_prepare`` returned."""
 
+    def reopen_finish(self) -> None:
+        """All nodes and permissions have changed; what must be done before the first write is done now.
+
+        :raises ByreError: it cannot be done; everything is changed back
+        """
+
     # -- life -------------------------------------------------------------------------------------
 
     def inactivate(self) -> None:

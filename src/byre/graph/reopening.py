@@ -87,33 +87,42 @@ def _flags_of(node: Node) -> OpenFlags:
 
 
 def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[Node, dict[str, object]]) -> None:
-    """Prepare top-down when giving up writing, bottom-up when taking it up; commit the other way round."""
+    """Change every node and then the permissions; if those are refused, change everything back."""
     nodes = _affected(top)
-    prepared: list[tuple[Node, object]] = []
-    was_read_only = image.read_only
+    before = [(node, _flags_of(node), _options(node, {})) for node in nodes]
+    after = []
+    for node in nodes:
+        flags = _flags_of(node)._replace(**changes)  # type: ignore[arg-type]
+        after.append((node, flags if node is top else flags.for_file(), _options(node, own.get(node, {}))))
+    was_read_only, used, shared = image.read_only, image._root.used, image._root.shared
     wanted = bool(changes.get("read_only", was_read_only))
+    _switch(after, wanted)
+    image.read_only = wanted
     try:
+        needed = used & ~(PERM_WRITE | PERM_RESIZE) | PERM_READ if wanted else used | PERM_WRITE
+        image.graph.set_image_permissions(image._root, needed, shared)
         for node in nodes:
-            flags = _flags_of(node)._replace(**changes)  # type: ignore[arg-type]
-            if node is not top:
-                flags = flags.for_file()
-            prepared.append((node, node.reopen_prepare(flags, _options(node, own.get(node, {})))))
+            node.reopen_finish()
+    except BaseException:
+        _switch(before, was_read_only)
+        image.read_only = was_read_only
+        image.graph.set_image_permissions(image._root, used, shared)
+        raise
+
+
+def _switch(changes: list[tuple[Node, OpenFlags, OptionValues]], read_only: bool) -> None:
+    """All nodes prepare, then all commit; or all abort."""
+    prepared: list[tuple[Node, object]] = []
+    try:
+        for node, flags, options in changes:
+            prepared.append((node, node.reopen_prepare(flags, options)))
     except BaseException:
         for node, token in reversed(prepared):
             node.reopen_abort(token)
         raise
     # A file must be writable before the format above it starts to write, and the reverse on the way back.
-    for node, token in prepared if wanted else reversed(prepared):
+    for node, token in prepared if read_only else reversed(prepared):
         node.reopen_commit(token)
-    image.read_only = wanted
-    used = image._root.used
-    used = used & ~(PERM_WRITE | PERM_RESIZE) | PERM_READ if wanted else used | PERM_WRITE
-    try:
-        image.graph.set_image_permissions(image._root, used, image._root.shared)
-    except BaseException:
-        if wanted != was_read_only:
-            _transaction(image, top, {**changes, "read_only": was_read_only}, own)
-        raise
 
 
 def _affected(top: Node) -> list[Node]:

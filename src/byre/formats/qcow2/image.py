@@ -11,7 +11,7 @@ from bisect import bisect_right
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from ...errors import ByreError, Corrupt, ImageError
+from ...errors import ByreError, Corrupt, ImageError, ReadOnly
 from ...io import engine
 from ...io.extent import FUA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
@@ -21,6 +21,7 @@ from ..base import FormatNode, Placement
 from . import entries, layout
 from .mapping import Mapping
 from .refcounts import Refcounts
+from .snapshot_ability import WithSnapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ _PENDING_LIMIT: Final = 4096
 """Freed runs of clusters that may wait for the next write-back before one is forced."""
 
 
-class Qcow2Node(FormatNode):
+class Qcow2Node(WithSnapshots, FormatNode):
     """An open qcow2 image, versions 2 and 3.
 
     Guarded by ``lock``: header, tables, allocator.
@@ -71,7 +72,7 @@ class Qcow2Node(FormatNode):
         self._writing = False
         self._freed: list[tuple[int, int]] = []
         self._dropping = "other"
-        self._snapshots: tuple[layout.Snapshot, ...] | None = None
+        self.init_snapshots()
         self._decompress: Callable[[memoryview, memoryview], None] | None = None
         self._compress: Callable[[memoryview], bytes | None] | None = None
         self.compression_level: int | None = None
@@ -83,15 +84,6 @@ class Qcow2Node(FormatNode):
         """The external data file's node, if there is one and it is open."""
         child = self.children.get("data-file")
         return child.node if child else None
-
-    @property
-    def snapshots(self) -> tuple[layout.Snapshot, ...]:
-        """Entries of the snapshot table, read on first use."""
-        if self._snapshots is None:
-            from .opening import read_snapshots
-
-            self._snapshots = read_snapshots(self)
-        return self._snapshots
 
     @property
     def compression_name(self) -> str:
@@ -109,15 +101,24 @@ class Qcow2Node(FormatNode):
     def load_tables(self) -> None:
         """Read the L1 table, and the refcount table where the image may be written."""
         header = self.header
+        self._check_present("L1 table", header.l1_table_offset, header.l1_size)
         data = bytearray(header.l1_size * 8)
         self.file.read_into(header.l1_table_offset, memoryview(data))
         self.mapping = Mapping(self.file, header, decode_words(data), self.filename, self._relieve, self._free)
         self.refcounts = None
+        self.loaded_snapshot = None
         if not self.read_only:
             self.load_refcounts()
 
+    def _check_present(self, name: str, offset: int, size: int) -> None:
+        """:raises ImageError: a table lies past the end of the file, where it would read as if nothing were mapped"""
+        if size and offset >= self.file.size and not self.open_flags.check:
+            raise ImageError(f"the {name} at {offset:#x} lies past the end of the file ({self.file.size:#x})",
+                             where=self.filename, hint="the file seems to be cut short")  # fmt: skip
+
     def load_refcounts(self) -> None:
         header = self.header
+        self._check_present("refcount table", header.refcount_table_offset, header.refcount_table_clusters)
         self.refcounts = Refcounts(
             self.file, header.cluster_bits, header.refcount_order, header.refcount_table_offset,
             header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self._metadata_at, self.filename,
@@ -378,11 +379,11 @@ class Qcow2Node(FormatNode):
                     cache.forget(host)
 
     def _punches(self, reason: str) -> bool:
-        """Whether freed space is given back to the file system ("pass-discard-request", "pass-discard-other")."""
+        """Whether freed space is given back to the file system ("pass-discard-request", "-snapshot", "-other")."""
         name = f"pass-discard-{reason}"
         if name in self.runtime:
             return self.runtime.flag(name)
-        return reason == "request" and self.pass_discard
+        return reason == "snapshot" or (reason == "request" and self.pass_discard)
 
     def _relieve(self) -> None:
         """A cache is full of changed tables."""
@@ -417,6 +418,12 @@ class Qcow2Node(FormatNode):
         return describe(self)
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        if self.loaded_snapshot is not None and not flags.read_only:
+            raise ReadOnly(f"snapshot {self.loaded_snapshot!r} is loaded, which cannot be written", where=self.filename)
+        if self.read_only and not flags.read_only:
+            from .opening import check_usable
+
+            check_usable(self.header, False, True, self.filename)
         with self.lock:
             if flags.read_only and not self.read_only:
                 self._guarded(self.write_back)
@@ -432,6 +439,12 @@ class Qcow2Node(FormatNode):
             self.pass_discard = flags.unmap
             if was_read_only and not self.read_only:
                 self.load_refcounts()
+
+    def reopen_finish(self) -> None:
+        if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not self.read_only:
+            from .check import repair_dirty
+
+            repair_dirty(self)
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ

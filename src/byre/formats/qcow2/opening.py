@@ -31,7 +31,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     flags = request.flags
     if file.read_only and not flags.read_only:
         flags = flags._replace(read_only=True)
-    _check_usable(header, flags.read_only or flags.check, flags.no_io or flags.check, where)
+    check_usable(header, flags.read_only or flags.check, flags.no_io or flags.check, where)
     if request.opener.policy.max_size and header.size > request.opener.policy.max_size:
         raise ImageError(f"the virtual size is {header.size}, allowed are {request.opener.policy.max_size} bytes "
                          "for an untrusted image", where=where, hint="raise --max-size")  # fmt: skip
@@ -84,7 +84,8 @@ def read_header(
         raise
 
 
-def _check_usable(header: layout.Header, read_only: bool, no_io: bool, where: str) -> None:
+def check_usable(header: layout.Header, read_only: bool, no_io: bool, where: str) -> None:
+    """:raises ByreError: the image is corrupt and is to be written, or encrypted and is to be read"""
     if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT and not read_only:
         raise Corrupt("the image is marked corrupt; it cannot be opened for writing", where=where,
                       hint='run "byre check -r all"')  # fmt: skip
