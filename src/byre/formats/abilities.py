@@ -5,9 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..graph.node import Node
     from ..jobs.job import Control
 
-__all__ = ["BackingChangeable", "CheckResult", "Checkable", "HasCompression", "HasFormatInfo", "HasHoles"]
+__all__ = [
+    "BackingChangeable",
+    "CheckResult",
+    "Checkable",
+    "HasCompression",
+    "HasFormatInfo",
+    "HasHoles",
+    "HasSnapshots",
+    "SnapshotEntry",
+    "snapshot_holder",
+]
 
 
 class CheckResult(NamedTuple):
@@ -48,6 +61,71 @@ class Checkable(Protocol):
 
     def check(self, control: Control, fix: str = "") -> CheckResult:
         """:param fix: "", "leaks" or "all" """
+
+
+class SnapshotEntry(Protocol):
+    """One internal snapshot, as ``info`` shows it.
+
+    :ivar date_sec: seconds since 1970
+    :ivar vm_state_size: bytes of machine state
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def date_sec(self) -> int: ...
+    @property
+    def date_nsec(self) -> int: ...
+    @property
+    def vm_clock_nsec(self) -> int: ...
+    @property
+    def vm_state_size(self) -> int: ...
+    @property
+    def disk_size(self) -> int | None: ...
+    @property
+    def icount(self) -> int | None: ...
+
+
+@runtime_checkable
+class HasSnapshots(Protocol):
+    """The image keeps earlier states of the disk inside. Names are ids or names of snapshots, unless said otherwise."""
+
+    @property
+    def snapshots(self) -> Sequence[SnapshotEntry]: ...
+
+    def create_snapshot(
+        self, name: str, *, vm_state_size: int = 0, vm_clock_nsec: int = 0, icount: int | None = None
+    ) -> SnapshotEntry:
+        """Keep the disk as it is now; with the first ``vm_state_size`` bytes of machine state."""
+
+    def apply_snapshot(self, name: str) -> None:
+        """The disk becomes what it was then, in content and size."""
+
+    def delete_snapshot(self, name: str) -> None:
+        """Remove one, found by its name, else by its id."""
+
+    def load_snapshot(self, name: str) -> None:
+        """Show one instead of the disk; the node must be read-only, and stays so."""
+
+    def load_snapshot_exactly(self, id: str | None, name: str | None) -> None:
+        """As :meth:`load_snapshot`, for the one with this id and this name, where given."""
+
+    def save_vmstate(self, offset: int, view: memoryview) -> None:
+        """Write to the area of machine state behind the disk."""
+
+    def load_vmstate(self, offset: int, view: memoryview) -> None:
+        """Read from the area of machine state behind the disk; zeroes where nothing was written."""
+
+
+def snapshot_holder(node: Node) -> HasSnapshots | None:
+    """The node that has the snapshots of the disk ``node`` shows, below filters and raw; ``None`` if none has."""
+    while not isinstance(node, HasSnapshots):
+        if (node.kind != "filter" and node.driver != "raw") or len(node.children) != 1 or "file" not in node.children:
+            return None
+        node = node.children["file"].node
+    return node
 
 
 @runtime_checkable

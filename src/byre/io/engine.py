@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import NotSupported, ReadOnly
 from ..units import align_down, align_up
-from .buffers import is_zero
+from . import sectors
+from .buffers import is_zero, zero_fill
 from .extent import COMPRESSED, DATA, FUA, MAY_UNMAP, NO_FALLBACK, UNALLOCATED, ZERO, Extent
 
 if TYPE_CHECKING:
@@ -20,21 +21,9 @@ if TYPE_CHECKING:
     from ..formats.base import FormatNode, Placement
     from ..graph.node import Node
 
-__all__ = ["discard", "fill_zero", "flush", "read", "reads_zero", "write", "write_compressed", "write_zeroes"]
+__all__ = ["discard", "flush", "read", "read_behind", "reads_zero", "write", "write_compressed", "write_zeroes"]
 
 _ZEROES: Final = bytes(1 << 20)
-_BOUNCE_LIMIT: Final = 4 << 20
-
-
-def fill_zero(view: memoryview) -> None:
-    """Set every byte of ``view`` to zero."""
-    length = len(view)
-    if length <= len(_ZEROES):
-        view[:] = _ZEROES[:length] if length < len(_ZEROES) else _ZEROES
-        return
-    for at in range(0, length, len(_ZEROES)):
-        piece = view[at : at + len(_ZEROES)]
-        piece[:] = _ZEROES[: len(piece)]
 
 
 # -- read -----------------------------------------------------------------------------------------
@@ -45,24 +34,38 @@ def read(node: FormatNode, offset: int, buffer: memoryview) -> None:
 
     Layers below are visited in a loop, so that the depth of a chain costs no stack.
     """
+    if (offset | len(buffer)) & node.sector_mask:
+        sectors.read(node, offset, buffer, read)
+        return
     below = _read_layer(node, offset, buffer)
     while below:
         lower, at, view = below.pop()
-        if lower.layered:
+        if lower.layered and not (at | len(view)) & lower.sector_mask:  # type: ignore[attr-defined]
             below += _read_layer(lower, at, view)  # type: ignore[arg-type]
         else:
             lower.read_into(at, view)
 
 
-def _read_layer(node: FormatNode, offset: int, view: memoryview) -> list[tuple[Node, int, memoryview]]:
-    """Read what this layer holds; returns what the layer below must provide."""
+def read_behind(node: FormatNode, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from behind the end of the disk (machine state): zeroes where nothing was written."""
+    if (offset | len(buffer)) & node.sector_mask:
+        sectors.read(node, offset, buffer, read_behind)
+        return
+    for _, _, view in _read_layer(node, offset, buffer, offset + len(buffer)):
+        zero_fill(view)
+
+
+def _read_layer(
+    node: FormatNode, offset: int, view: memoryview, size: int = -1
+) -> list[tuple[Node, int, memoryview]]:
+    """Read what this layer holds up to ``size`` (the disk's); returns what the layer below must provide."""
     started = perf_counter_ns()
     below: list[tuple[Node, int, memoryview]] = []
     length = len(view)
-    inside = node._size - offset
+    inside = (node._size if size < 0 else size) - offset
     if length > inside:
         inside = max(inside, 0)
-        fill_zero(view[inside:])
+        zero_fill(view[inside:])
         view = view[:inside]
     position, end = offset, offset + len(view)
     lock, inflight = node.lock, node.inflight
@@ -91,7 +94,7 @@ def _read_layer(node: FormatNode, offset: int, view: memoryview) -> list[tuple[N
                         node.report("read_compressed")
                     node.decompress(extent, piece)
                 else:
-                    fill_zero(piece)
+                    zero_fill(piece)
         except BaseException:
             node.stats.failed(0)
             with lock:
@@ -144,7 +147,11 @@ def write(node: FormatNode, offset: int, buffer: memoryview, flags: int = 0) -> 
     length = len(buffer)
     if node.read_only:
         raise ReadOnly("cannot write: the image is open read-only", where=node.filename)
-    if node.detect_zeroes != "off" and is_zero(buffer):
+    if (offset | length) & node.sector_mask:
+        sectors.write(node, offset, buffer, flags)
+        return
+    # Machine state lies behind the end, where zero writes do not reach.
+    if node.detect_zeroes != "off" and offset < node._size and is_zero(buffer):
         unmap = MAY_UNMAP if node.detect_zeroes == "unmap" else 0
         write_zeroes(node, offset, length, flags & FUA | unmap)
         return
@@ -342,6 +349,9 @@ def write_zeroes(node: FormatNode, offset: int, length: int, flags: int = 0) -> 
     """Make a range read as zeroes: whole units through the tables, the rest as data."""
     if node.read_only:
         raise ReadOnly("cannot write: the image is open read-only", where=node.filename)
+    if (offset | length) & node.sector_mask:
+        sectors.write_zeroes(node, offset, length, flags)
+        return
     started = perf_counter_ns()
     end = min(offset + length, node._size)
     position = offset

@@ -144,6 +144,14 @@ class Refcounts:
             first += step
             count -= step
 
+    def forget_packing(self) -> None:
+        """Compressed clusters written from now on share no host cluster with those that are there."""
+        self._packed_at = 0
+
+    def freed_below(self, cluster: int) -> None:
+        """Clusters from ``cluster`` on were freed by other means than :meth:`lower`: look there again."""
+        self._hint = min(self._hint, cluster)
+
     # -- allocation -------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> int:

@@ -69,6 +69,7 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
     with node.lock:
         node.check_failure()
         node.inflight.wait_all()
+        _drop_machine_state(node)
         if entries > len(node.mapping.l1):
             node._guarded(lambda: grow_l1(node, entries))
         # The engine clips at the size; what lies behind the old end must be settled before the header names it.
@@ -90,6 +91,13 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
             if node.header.size == before:
                 node._size = before
         raise
+
+
+def _drop_machine_state(node: Qcow2Node) -> None:
+    """Machine state lies behind the end: it must not become part of the disk; lock held."""
+    from . import vmstate
+
+    node._guarded(lambda: vmstate.drop(node))
 
 
 def _hide_backing(node: Qcow2Node, start: int, end: int) -> None:
@@ -129,6 +137,7 @@ def _shrink(node: Qcow2Node, before: int, size: int) -> None:
     with node.lock:
         node.check_failure()
         node.inflight.wait_all()
+        _drop_machine_state(node)
         node._guarded(node.write_back)
         node._guarded(lambda: _set_size(node, size))
         start, end = align_up(size, node.cluster_size), align_up(before, node.cluster_size)
