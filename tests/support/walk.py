@@ -106,6 +106,8 @@ class _Walk:
         words = image.words(host, image.cluster // 8)
         for index in range(0, len(words), step):
             entry = words[index]
+            if not entry and not (image.extended and words[index + 1]):
+                continue
             name = f"L2 entry {l1_index}/{index // step}"
             if entry & COMPRESSED:
                 shift = 62 - (image.bits - 8)
@@ -123,17 +125,16 @@ class _Walk:
 
 def _counts(block: bytes, order: int) -> list[tuple[int, int]]:
     """(index, count) of the counts in ``block`` that are not 0."""
+    used = len(block.rstrip(b"\0"))
     if order >= 3:
         width = 1 << (order - 3)
-        return [
-            (at // width, count)
-            for at in range(0, len(block), width)
-            if (count := int.from_bytes(block[at : at + width], "big"))
-        ]
+        code = {1: "B", 2: "H", 4: "I", 8: "Q"}[width]
+        count = -(-used // width)
+        return [(at, value) for at, value in enumerate(struct.unpack_from(f">{count}{code}", block)) if value]
     width = 1 << order
     found = []
-    for at, byte in enumerate(block):
-        for shift in range(0, 8 if byte else 0, width):
+    for at, byte in enumerate(block[:used]):
+        for shift in range(0, 8, width):
             count = byte >> shift & ((1 << width) - 1)
             if count:
                 found.append(((at * 8 + shift) // width, count))
