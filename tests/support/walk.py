@@ -89,18 +89,35 @@ class _Walk:
     def tables(self) -> None:
         image = self.image
         self.refer("header", 0, image.cluster)
-        self.refer("L1 table", image.l1_offset, image.l1_size * 8)
-        for index, entry in enumerate(image.words(image.l1_offset, image.l1_size)):
+        self.l1("", image.l1_offset, image.l1_size, active=True)
+        position = image.snapshot_offset
+        for number in range(image.snapshot_count):
+            position += -position % 8
+            offset, size, id_size, name_size = struct.unpack_from(">QIHH", image.data, position)
+            extra_size = struct.unpack_from(">I", image.data, position + 36)[0]
+            position += 40 + extra_size + id_size + name_size
+            self.l1(f"snapshot {number}: ", offset, size, active=False)
+        if image.snapshot_count:
+            self.refer("snapshot table", image.snapshot_offset, position - image.snapshot_offset)
+
+    def l1(self, owner: str, offset: int, size: int, *, active: bool) -> None:
+        """An L1 table and what it refers to; COPIED flags mean something in the active one only."""
+        image = self.image
+        if not self.aligned(f"{owner}L1 table", offset):
+            return
+        self.refer(f"{owner}L1 table", offset, size * 8)
+        for index, entry in enumerate(image.words(offset, size)):
             host = entry & OFFSET
             if not host:
                 continue
-            if not self.aligned(f"L2 table {index}", host):
+            if not self.aligned(f"{owner}L2 table {index}", host):
                 continue
-            self.refer(f"L2 table {index}", host, image.cluster)
-            self.flagged.append((f"L1 entry {index}", host >> image.bits, bool(entry & COPIED)))
-            self.table(index, host)
+            self.refer(f"{owner}L2 table {index}", host, image.cluster)
+            if active:
+                self.flagged.append((f"L1 entry {index}", host >> image.bits, bool(entry & COPIED)))
+            self.table(f"{owner}{index}", host, active)
 
-    def table(self, l1_index: int, host: int) -> None:
+    def table(self, l1_index: str, host: int, active: bool) -> None:
         image = self.image
         step = 2 if image.extended else 1
         words = image.words(host, image.cluster // 8)
@@ -118,7 +135,8 @@ class _Walk:
                     self.damage.append(f"{name} is compressed and says COPIED")
             elif entry & OFFSET and not image.has_data_file and self.aligned(name, entry & OFFSET):
                 self.refer(name, entry & OFFSET, image.cluster)
-                self.flagged.append((name, (entry & OFFSET) >> image.bits, bool(entry & COPIED)))
+                if active:
+                    self.flagged.append((name, (entry & OFFSET) >> image.bits, bool(entry & COPIED)))
             if image.extended and not entry & COMPRESSED and words[index + 1] & words[index + 1] >> 32 & 0xFFFFFFFF:
                 self.damage.append(f"{name} has subclusters both allocated and zero")
 
@@ -142,7 +160,7 @@ def _counts(block: bytes, order: int) -> list[tuple[int, int]]:
 
 
 def walk(data: bytes) -> Findings:
-    """What is wrong with the qcow2 image in ``data`` (without internal snapshots)."""
+    """What is wrong with the qcow2 image in ``data``; bitmaps are left out."""
     image = _Image(data)
     work = _Walk(image)
     counts = work.refcounts()

@@ -1,0 +1,120 @@
+"""``snapshot``: list, take, apply and delete the internal snapshots of an image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from ..errors import ByreError, NotSupported, printable
+from . import common
+from .info import snapshot_lines, snapshot_rows
+
+if TYPE_CHECKING:
+    from ..formats.abilities import HasSnapshots
+    from ..image import Image
+
+__all__ = ["HELP", "load_snapshot", "run"]
+
+_ACTIONS: Final = ("list", "apply", "create", "delete")
+
+_TABLE: Final = (
+    common.Switch("list", "l", "list", "", "list the snapshots; the default"),
+    common.Switch("apply", "a", "apply", "SNAPSHOT", "the disk becomes what it was then; changes since are lost"),
+    common.Switch("create", "c", "create", "SNAPSHOT", "keep the disk as it is now under this name"),
+    common.Switch("delete", "d", "delete", "SNAPSHOT", "delete a snapshot"),
+    common.FORMAT,
+    common.IMAGE_OPTS,
+    common.OBJECT,
+    common.FORCE_SHARE,
+    common.QUIET,
+)
+
+HELP: Final = f"""\
+usage: byre snapshot [OPTIONS] [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] FILENAME
+List, apply, create or delete internal snapshots. SNAPSHOT is an id or a name.
+
+{common.option_help(_TABLE)}"""
+
+_PEER_WORDS: Final = {"apply": "Failed to load snapshot: "}
+
+
+def run(arguments: list[str]) -> int:
+    given = common.parse(_TABLE, arguments)
+    actions = [(key, value) for key, value in given.ordered if key in _ACTIONS]
+    if len(actions) > 1:
+        raise common.UsageError("cannot mix '-l', '-a', '-c', '-d'")
+    if len(given.positional) != 1:
+        raise common.UsageError("expecting one image file name")
+    action, name = actions[0] if actions else ("list", "")
+    if action == "list":
+        _list(given)
+        return 0
+    with common.open_image(
+        given.positional[0], given, format=given.last("format"), read_only=False, backing=False
+    ) as image:
+        try:
+            _change(image, action, name)
+        except ByreError as error:
+            if not common.as_peer():
+                error.message = f"could not {action} snapshot {printable(name)!r}: {error.message}"
+                raise
+            # Scripts compare these very words.
+            reason = "snapshot not found" if action == "delete" and error.errno == 2 else os.strerror(error.errno)
+            common.report(f"Could not {action} snapshot '{name}': {_PEER_WORDS.get(action, '')}{reason}")
+            return 1
+    return 0
+
+
+def _list(given: common.Given) -> None:
+    from ..formats.abilities import snapshot_holder
+
+    with common.open_image(given.positional[0], given, format=given.last("format"), backing=False, no_io=True) as image:
+        holder = snapshot_holder(image.node)
+        rows = snapshot_rows(holder) if holder is not None else []
+        if rows:
+            sys.stdout.write("".join(f"{line}\n" for line in snapshot_lines(rows)))
+
+
+def _change(image: Image, action: str, name: str) -> None:
+    if action == "create":
+        # Without a machine there is no instruction count; the peer records 0 as well.
+        image.create_snapshot(name, icount=0)
+    elif action == "apply":
+        image.apply_snapshot(name)
+    else:
+        image.delete_snapshot(name)
+
+
+# -- the option -l of other verbs -----------------------------------------------------------------
+
+
+def load_snapshot(image: Image, parameter: str) -> None:
+    """Have the read-only ``image`` show a snapshot: ``snapshot.id=ID,snapshot.name=NAME``, or an id or name.
+
+    :raises ByreError: there is none, or the parameter is malformed
+    """
+    from ..options import parse_keyval
+
+    try:
+        if not parameter.startswith("snapshot."):
+            _holder(image).load_snapshot(parameter)
+            return
+        values = parse_keyval(parameter)
+        unknown = [key for key in values if key not in ("snapshot.id", "snapshot.name")]
+        if unknown:
+            raise common.UsageError(f"invalid parameter {printable(unknown[0])!r}; try snapshot.id= and snapshot.name=")
+        _holder(image).load_snapshot_exactly(values.get("snapshot.id"), values.get("snapshot.name"))
+    except ByreError as error:
+        error.message = f"Failed to load snapshot: {error.message}"
+        error.where = error.where or image.filename
+        raise
+
+
+def _holder(image: Image) -> HasSnapshots:
+    from ..formats.abilities import HasSnapshots
+
+    node = image.node
+    if not isinstance(node, HasSnapshots):
+        raise NotSupported(f"driver {node.driver!r} does not support temporarily loading internal snapshots")
+    return node
