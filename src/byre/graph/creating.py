@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING
 
 from ..catalog import driver
-from ..errors import InvalidArgument, NotSupported
+from ..errors import ByreError, InvalidArgument, NotSupported
 from ..options import OptionSet, OptionValues
+from ..typing import TYPE_CHECKING
 from ..units import SECTOR, align_up
+from .chain import layers
 from .graph import Graph
 from .node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node
 from .opening import Opener, OpenFlags, Policy, has_protocol, parse_filename, resolve_backing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from ..crypto.secrets import SecretProvider
 
 __all__ = ["CreateRequest", "create"]
 
@@ -27,15 +29,20 @@ class CreateRequest:
     :ivar options: typed values of the driver's ``CREATE_OPTIONS``; ``size`` is settled
     :ivar file: an empty, writable protocol node; the driver writes and flushes the image there
     :ivar graph: where further nodes may be opened
+    :ivar secrets: where keys are looked for
+    :ivar spoil: to be called where a failed creation must not leave the file even if it was there before
     """
 
     def __init__(self, filename: str, options: OptionValues, file: Node, graph: Graph,
-                 create_file: Callable[[str, Mapping[str, object]], Node]) -> None:  # fmt: skip
+                 create_file: Callable[[str, Mapping[str, object]], Node], secrets: SecretProvider | None = None,
+                 spoil: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self.filename = filename
         self.options = options
         self.file = file
         self.graph = graph
+        self.secrets = secrets
         self._create_file = create_file
+        self.spoil = spoil
 
     def create_data_file(self, name: str, size: int) -> Node:
         """A writable protocol node for an external data file of ``size`` bytes, created if it does not exist.
@@ -54,6 +61,7 @@ def create(
     check_backing: bool = True,
     policy: Policy | None = None,
     announce: Callable[[OptionValues], None] | None = None,
+    secrets: SecretProvider | None = None,
 ) -> OptionValues:
     """Create an image.
 
@@ -61,21 +69,22 @@ def create(
     :param options: the driver's creation options ("cluster_size", "backing_file", ...)
     :param check_backing: open the backing file to see that it is there and how long it is
     :param announce: called with the settled options before anything is written
+    :param secrets: keys by the ids that options such as ``key-secret`` name: a mapping, or a function of the id
     :returns: the options as settled, for printing
     :raises ByreError: a failed creation removes what it made itself
     """
     row = driver(format)
-    module = import_module(row.module)
+    module = row.load()
     if not hasattr(module, "create"):
         raise NotSupported(f"format driver {format!r} cannot create images")
     declared: OptionSet = module.CREATE_OPTIONS
     given = dict(options or {})
     if size is not None:
         given["size"] = size
-    values = declared.parse(given, what=f"format {format!r}")
     for name in ("backing_file", "backing_fmt"):
         if name in given and name not in declared:
             raise NotSupported(f"format {format!r} has no backing files")
+    values = declared.parse(given, what=f"format {format!r}")
     if values.text("backing_file") == "" if "backing_file" in declared else False:
         values.given.pop("backing_file", None)
     _settle_backing(filename, values, check_backing, policy or Policy(allow_references=True))
@@ -88,7 +97,7 @@ def create(
     prepare = getattr(module, "check_create", None)
     if prepare is not None:
         prepare(values)  # refuse before anything is written
-    _create_over_protocol(filename, module.create, values)
+    _create_over_protocol(filename, module.create, values, secrets)
     return values
 
 
@@ -102,23 +111,38 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
         row = driver(format_name)
         if row.kind == "protocol":
             raise InvalidArgument(f"backing format {format_name!r} is a protocol, not a format", where=filename)
+    spec = resolve_backing(filename, backing)
+    if _same_file(filename, spec):
+        raise InvalidArgument("an image cannot be its own backing file", where=filename)
     if not check and "size" in values.given:
         return
     if not isinstance(format_name, str) and check:
         raise InvalidArgument("a backing file is given without its format", where=filename,
                               hint="use -F (or backing_fmt=)")  # fmt: skip
     graph = Graph()
-    spec = resolve_backing(filename, backing)
     opener = Opener(graph, policy)
-    node = opener.open_chain(spec, OpenFlags(), driver_name=str(format_name or ""))
+    node = opener.open_chain(spec, OpenFlags(no_io=True), driver_name=str(format_name or ""))
     try:
+        for layer in layers(node):
+            if _same_file(filename, layer.filename):
+                raise InvalidArgument("the image is part of the backing chain it is to have", where=filename)
         if "size" not in values.given:
             values.given["size"] = node.size
     finally:
         graph.release(node)
 
 
-def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], values: OptionValues) -> None:
+def _same_file(one: str, other: str) -> bool:
+    """Whether both names lead to one existing file."""
+    try:
+        names = [str(parse_filename(name).get("filename", "")) for name in (one, other)]
+        return os.path.samefile(*names)
+    except (OSError, ValueError, ByreError):
+        return False
+
+
+def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], values: OptionValues,
+                          secrets: SecretProvider | None) -> None:  # fmt: skip
     """Create the file, let the format write into it, and remove both if that fails."""
     made: list[str] = []
     graph = Graph()
@@ -127,7 +151,7 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
     def create_file(name: str, options: Mapping[str, object]) -> Node:
         given = parse_filename(name)
         row = driver(str(given["driver"]))
-        protocol = import_module(row.module)
+        protocol = row.load()
         if hasattr(protocol, "create") and row.name == "file":
             path = str(given["filename"])
             if not os.path.exists(path):
@@ -139,10 +163,18 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
                            PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))  # fmt: skip
         return node
 
-    file_options: dict[str, object] = {key: values.given[key] for key in ("nocow", "extent_size_hint") if key in values.given}
+    def spoil() -> None:
+        """The file's former content is gone: a failed creation removes it although it was there before."""
+        path = parse_filename(filename).get("filename")
+        if isinstance(path, str) and path not in made and os.path.isfile(path):
+            made.append(path)
+
+    file_options: dict[str, object] = {
+        key: values.given[key] for key in ("nocow", "extent_size_hint") if key in values.given
+    }
     try:
         node = create_file(filename, {**file_options, "size": 0})
-        make(CreateRequest(filename, values, node, graph, create_file))
+        make(CreateRequest(filename, values, node, graph, create_file, secrets, spoil))
     except BaseException:
         _close(graph, opened)
         for path in made:
