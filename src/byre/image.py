@@ -14,8 +14,9 @@ from .errors import Busy, InvalidArgument, NotSupported, ReadOnly
 from .graph import chain
 from .graph.graph import Graph
 from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node, Stats
-from .graph.opening import Opener, OpenFlags, Policy
+from .graph.opening import COMMON_OPTIONS, Opener, OpenFlags, Policy
 from .io.extent import FUA, MAY_UNMAP, NO_FALLBACK
+from .options import Option, convert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,6 +85,8 @@ def open(
     :raises ByreError: as the drivers say; nothing stays open then
     """
     direct, no_flush, writethrough = cache_flags(cache)
+    for name, word in (("discard", discard), ("detect-zeroes", detect_zeroes)):
+        convert(COMMON_OPTIONS[name], word)
     if force_share and not read_only:
         raise InvalidArgument("force-share needs a read-only image")
     flags = OpenFlags(
@@ -114,8 +117,6 @@ def open(
 
 def _pop_writeback(spec: dict[str, object]) -> bool | None:
     """``cache.writeback`` belongs to the handle, not to a node."""
-    from .options import Option, convert
-
     value = spec.pop("cache.writeback", None)
     cache = spec.get("cache")
     if value is None and isinstance(cache, dict):
@@ -152,9 +153,9 @@ class Image:
         self.graph = graph
         self.read_only = read_only
         self.writethrough = writethrough
-        self.stats = Stats()
         self.name = name
         self._gate = threading.Lock()
+        self.stats = Stats(self._gate)
         self._changed = threading.Condition(self._gate)
         self._in_flight = 0
         self._paused = 0
@@ -310,8 +311,11 @@ class Image:
 
         :param shrink: allow it to become smaller; what is cut off is gone
         """
+        self._check_open()
         if self.read_only:
             raise ReadOnly("cannot resize: the image is open read-only", where=self.filename)
+        if size < 0:
+            raise InvalidArgument(f"cannot resize to {size} bytes", where=self.filename)
         if size < self.size and not shrink:
             raise InvalidArgument(f"shrinking from {self.size} to {size} bytes would lose data", where=self.filename,
                                   hint="use --shrink if that is meant")  # fmt: skip
@@ -358,8 +362,14 @@ class Image:
             self._in_flight += 1
 
     def _wait_unpaused(self) -> None:
+        """A closed image stays paused, so that open ones need no second test."""
         while self._paused:
+            self._check_open()
             self._changed.wait()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the image is closed", where=self.filename)
 
     def _leave(self) -> None:
         with self._gate:
@@ -404,11 +414,14 @@ class Image:
         """
         from .graph.reopening import reopen
 
+        self._check_open()
         flags = None if cache is None else cache_flags(cache)
         reopen(self, read_only=read_only, cache=flags, options=options or {})
 
     def close(self) -> None:
-        """Write everything back and let go. Closing twice is fine.
+        """Wait for requests in flight, write everything back and let go. Closing twice is fine.
+
+        Requests that come later, or are held back by a pause, are refused.
 
         :raises ByreError: the last write-back failed; the image is closed all the same
         """
@@ -418,6 +431,9 @@ class Image:
             self._closed = True
             if self in self.graph.images:
                 self.graph.images.remove(self)
+        self.pause()
+        with self._gate:
+            self._changed.notify_all()
         node = self.node
         try:
             if not self.read_only and not node.closed:

@@ -62,7 +62,7 @@ class Limits(NamedTuple):
 class Stats:
     """Requests seen by a node: count, bytes, failures and nanoseconds by kind; the highest offset written.
 
-    Guarded by: its own lock (a leaf).
+    Guarded by: its own lock (a leaf), or the one handed to the constructor.
     """
 
     KINDS: Final = ("read", "write", "zeroes", "discard", "flush")
@@ -74,8 +74,8 @@ class Stats:
 
     __slots__ = ("_lock", "byte_count", "failed_count", "highest_written", "nanoseconds", "operation_count")
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, lock: threading.Lock | None = None) -> None:
+        self._lock = lock or threading.Lock()
         self.operation_count = [0] * 5
         self.byte_count = [0] * 5
         self.nanoseconds = [0] * 5
