@@ -5,7 +5,7 @@ Public names are resolved on first use, so that importing the package costs noth
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from .typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import ByreError

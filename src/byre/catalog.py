@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
 
 from .errors import InvalidArgument
+from .typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = ["CATALOG", "Driver", "driver", "formats", "probe"]
 
@@ -27,6 +31,11 @@ class Driver(NamedTuple):
     signatures: tuple[tuple[tuple[int, bytes], ...], ...] = ()
     abilities: str = "r"
     prefix: str = ""
+
+    def load(self) -> ModuleType:
+        """The driver's module. ``importlib`` is more than start-up needs."""
+        __import__(self.module)
+        return sys.modules[self.module]
 
 
 CATALOG: tuple[Driver, ...] = (

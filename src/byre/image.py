@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
 
 from .errors import Busy, InvalidArgument, NotSupported, ReadOnly
 from .graph import chain
@@ -17,6 +16,7 @@ from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node, Stat
 from .graph.opening import COMMON_OPTIONS, Opener, OpenFlags, Policy
 from .io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from .options import Option, convert
+from .typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

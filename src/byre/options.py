@@ -6,9 +6,8 @@ nesting, and ``json:{...}`` names with the limits an untrusted text must keep.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
-
 from .errors import InvalidArgument
+from .typing import TYPE_CHECKING, Final, NamedTuple, cast
 from .units import parse_size
 
 if TYPE_CHECKING:

@@ -12,20 +12,20 @@ from __future__ import annotations
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from typing import Final, NamedTuple, Protocol, cast, runtime_checkable
+    from typing import Any, Final, NamedTuple, Protocol, cast, runtime_checkable
 else:
     from _collections import _tuplegetter
 
-    Final = None
+    Any = Final = None
 
-    def cast(kind, value):
+    def cast(_kind, value):
         return value
 
     class _Shape(type):
         """``isinstance`` with a protocol marked runtime_checkable asks whether everything it names is there."""
 
         def __instancecheck__(cls, instance):
-            members = cls.__dict__.get("_members")
+            members = vars(cls).get("_members")
             if members is None:
                 return super().__instancecheck__(instance)
             return all(hasattr(instance, member) for member in members)
@@ -34,7 +34,7 @@ else:
         __slots__ = ()
 
     def runtime_checkable(protocol):
-        named = {**protocol.__dict__, **protocol.__dict__.get("__annotations__", {})}
+        named = {**vars(protocol), **vars(protocol).get("__annotations__", {})}
         protocol._members = tuple(name for name in named if not name.startswith("_"))
         return protocol
 
@@ -48,15 +48,24 @@ else:
             defaults = {field: body[field] for field in fields if field in body}
             if tuple(defaults) != fields[len(fields) - len(defaults) :]:
                 raise TypeError(f"{name}: a field without a default follows one that has a default")
-            arguments = ", ".join(fields)
-            new = eval(f"lambda _cls, {arguments}: _make(_cls, ({arguments},))", {"_make": tuple.__new__})
-            new.__defaults__ = tuple(defaults.values())
             body.update((field, _tuplegetter(index, field)) for index, field in enumerate(fields))
-            body.update(__slots__=(), __new__=new, __match_args__=fields, _fields=fields, _field_defaults=defaults)
+            body.update(__slots__=(), __match_args__=fields, _fields=fields, _field_defaults=defaults)
             return super().__new__(cls, name, bases, body)
+
+        def compile_new(cls):
+            """Give the class its own ``__new__``, which is as fast as one written out."""
+            arguments = ", ".join(cls._fields)
+            new = eval(f"lambda _cls, {arguments}: _make(_cls, ({arguments},))", {"_make": tuple.__new__})
+            new.__defaults__ = tuple(cls._field_defaults.values())
+            cls.__new__ = new
 
     class NamedTuple(tuple, metaclass=_Fields):
         __slots__ = ()
+
+        def __new__(cls, *values, **named):
+            """The first time only: most records of a short command are never made."""
+            cls.compile_new()
+            return cls(*values, **named)
 
         def __repr__(self):
             values = ", ".join(f"{field}={value!r}" for field, value in zip(self._fields, self, strict=True))
@@ -76,4 +85,4 @@ else:
             return type(self)(**(self._asdict() | changes))
 
 
-__all__ = ["TYPE_CHECKING", "Final", "NamedTuple", "Protocol", "cast", "runtime_checkable"]
+__all__ = ["TYPE_CHECKING", "Any", "Final", "NamedTuple", "Protocol", "cast", "runtime_checkable"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, InvalidArgument, NotSupported, printable
 from ..options import parse_keyval, unflatten
+from ..typing import TYPE_CHECKING, Final, NamedTuple
 from ..units import parse_size
 
 if TYPE_CHECKING:

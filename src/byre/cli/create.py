@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
 
 from ..catalog import by_prefix, driver
 from ..errors import ByreError, InvalidArgument, NotSupported, printable
 from ..graph.creating import create
 from ..graph.opening import has_protocol
 from ..options import convert
+from ..typing import TYPE_CHECKING, Final
 from . import common
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def declared_options(format_name: str) -> OptionSet:
     row = driver(format_name)
     declared: OptionSet | None = None
     if row.kind == "format" and "c" in row.abilities:
-        declared = getattr(import_module(row.module), "CREATE_OPTIONS", None)
+        declared = getattr(row.load(), "CREATE_OPTIONS", None)
     if declared is None:
         raise NotSupported(f"driver {format_name!r} cannot create images")
     return declared
@@ -165,7 +164,7 @@ def format_line(
     :param typed: the options as the user wrote them
     """
     parts = [f"Formatting '{printable(filename)}', fmt={format_name}"]
-    order = getattr(import_module(driver(format_name).module), "CREATE_PRINT_ORDER", None)
+    order = getattr(driver(format_name).load(), "CREATE_PRINT_ORDER", None)
     for name in order or _RAW_SHOWN:
         if name not in declared:
             continue

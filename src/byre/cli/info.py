@@ -6,11 +6,11 @@ Nothing that the image names is opened, unless the chain was asked for; then eve
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError, ImageError, printable
 from ..graph.graph import Graph
 from ..graph.opening import CHAIN_LIMIT, Opener, OpenFlags, has_protocol, parse_filename, resolve_backing
+from ..typing import TYPE_CHECKING, Final
 from . import common
 from .output import human_size, ordered, print_json, print_structure
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError
+from ..typing import TYPE_CHECKING, Final
 from .common import PROGRAM, HelpRequested, UsageError, report
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ class Terminated(KeyboardInterrupt):
 def entry() -> int:
     """The console script. Does not return: the interpreter's own tidying up costs more than many commands."""
     import gc
-    import signal
 
     # Start-up makes many objects and no garbage; looking for some takes a twentieth of a short command's time.
     gc.set_threshold(*GC_THRESHOLDS)
-    signal.signal(signal.SIGTERM, _terminate)
+    if sys.argv[1:2] != ["info"]:  # it leaves nothing to tidy up, and is to start fast
+        import signal
+
+        signal.signal(signal.SIGTERM, _terminate)
     code = main(sys.argv[1:], program_name(sys.argv[0]))
     sys.stderr.flush()
     os._exit(code)
@@ -183,9 +185,9 @@ def _verb(verb: str, arguments: list[str], prog: str) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Import the verb's module and run it."""
-    from importlib import import_module
-
-    module: ModuleType = import_module(f"byre.cli.{verb}")
+    name = f"byre.cli.{verb}"
+    __import__(name)
+    module: ModuleType = sys.modules[name]
     try:
         code: int = module.run(arguments)
         return code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..catalog import driver
@@ -106,7 +105,7 @@ def _measure(target: str, values: OptionValues, source: Image | None) -> _Sizes:
     if target == "raw":
         size = align_up(size, SECTOR)
         return _Sizes(size, size)
-    module = import_module(driver(target).module)
+    module = driver(target).load()
     if not hasattr(module, "measure"):
         raise NotSupported(f"images of format {target!r} cannot be measured")
     data = 0

@@ -7,9 +7,9 @@ Strings that come from an image reach a terminal only through :func:`byre.errors
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from ..errors import printable
+from ..typing import TYPE_CHECKING
 from ..units import format_size
 
 if TYPE_CHECKING:

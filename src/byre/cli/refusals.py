@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from .. import __version__
 from ..errors import NotSupported
+from ..typing import Final
 
 __all__ = ["general_help", "refuse", "supported_formats", "version"]
 

@@ -8,13 +8,13 @@ with ``self.lock`` held; ``io/engine.py`` does alignment, copy-on-write, claims 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import IOFailure, NotSupported
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Node
 from ..io import engine
 from ..io.extent import UNALLOCATED, Extent
 from ..io.inflight import InFlight
+from ..typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,7 +7,6 @@ writes that would make its first bytes look like another format.
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, cast
 
 from ..catalog import PROBE_SIZE, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace, ReadOnly
@@ -16,6 +15,7 @@ from ..graph.opening import OpenFlags
 from ..io.buffers import is_zero
 from ..io.extent import DATA, MAY_UNMAP, Extent
 from ..options import Option, OptionSet
+from ..typing import TYPE_CHECKING, cast
 from ..units import SECTOR, align_up
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..graph.child import Child
     from ..graph.creating import CreateRequest
     from ..graph.opening import OpenRequest
-    from ..options import OptionValues
     from ..io.extentmap import ExtentMap
+    from ..options import OptionValues
 
 __all__ = ["CREATE_OPTIONS", "OPTIONS", "RawNode", "create", "open_node"]
 
@@ -248,5 +248,3 @@ def create(request: CreateRequest) -> None:
     if size >= 1 << 63:
         raise InvalidArgument(f"size is {size}, allowed are {2**63 - 512} bytes", where=request.filename)
     request.file.resize(size, preallocation=options.word("preallocation"))
-
-

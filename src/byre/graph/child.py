@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..typing import TYPE_CHECKING
 from .node import PERM_ALL
 
 if TYPE_CHECKING:

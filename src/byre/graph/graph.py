@@ -6,10 +6,9 @@ Conflicts between users of a node are found when an edge is made, never during a
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from ..errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from ..typing import TYPE_CHECKING
 from .child import Child
 from .node import PERM_ALL, PERM_NAMES, Node
 
@@ -98,8 +97,10 @@ class Graph:
                 self.refresh_permissions(child.node)
             except BaseException:
                 child.used, child.shared = before
-                with suppress(Busy):  # a node that needs more than before keeps what it can get; the first error counts
+                try:
                     self.refresh_permissions(child.node)
+                except Busy:
+                    pass  # a node that needs more than before keeps what it can get; the first error counts
                 raise
 
     def detach(self, child: Child) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import NotSupported
 from ..io.extent import DATA, FUA, NO_FALLBACK, ZERO, Extent
+from ..typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

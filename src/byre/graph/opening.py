@@ -8,12 +8,11 @@ layers or when it meets itself.
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..catalog import PROBE_SIZE, Driver, by_prefix, driver, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NotFound, printable
 from ..options import Option, OptionSet, OptionValues, convert, parse_json, unflatten
+from ..typing import TYPE_CHECKING, NamedTuple, cast
 from .chain import skip_filters
 from .node import Node
 
@@ -142,7 +141,7 @@ def parse_filename(name: str) -> dict[str, object]:
         if row.name == "file":
             # Shown, and given again, as a path.
             return {"driver": "file", "filename": f"./{rest}" if has_protocol(rest) else rest}
-        module = import_module(row.module)
+        module = row.load()
         parse = getattr(module, "parse_filename", None)
         parsed: dict[str, object] = parse(rest) if parse else {"filename": rest}
         return {"driver": row.name, **parsed}
@@ -316,7 +315,7 @@ class Opener:
                   file: Node | None) -> Node:  # fmt: skip
         own, rest = self._own_flags(given, flags)
         name = str(rest.pop("node-name", ""))
-        module = import_module(row.module)
+        module = row.load()
         declared: OptionSet = module.OPTIONS
         children: dict[str, object] = {}
         plain: dict[str, object] = {}

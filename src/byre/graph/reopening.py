@@ -6,7 +6,6 @@ everything is as before. Requests are held back meanwhile.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..catalog import driver
@@ -139,7 +138,7 @@ def _affected(top: Node) -> list[Node]:
 def _options(node: Node, given: dict[str, object]) -> OptionValues:
     """The node's driver options with ``given`` on top."""
     row = driver(node.driver)
-    module = import_module(row.module)
+    module = row.load()
     before = getattr(node, "runtime", None)
     values = dict(before.given) if before is not None else {}
     values.update(given)

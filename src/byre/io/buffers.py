@@ -6,7 +6,7 @@ without numpy, so that start-up stays cheap; ``zero_runs`` uses numpy and lets o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from ..typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,9 @@ held. Copy-on-write, zero detection, encryption, claims and tickets are here, on
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
 
 from ..errors import NotSupported, ReadOnly
+from ..typing import TYPE_CHECKING, Final
 from ..units import align_down, align_up
 from . import sectors
 from .buffers import is_zero, zero_fill
@@ -55,9 +55,7 @@ def read_behind(node: FormatNode, offset: int, buffer: memoryview) -> None:
         zero_fill(view)
 
 
-def _read_layer(
-    node: FormatNode, offset: int, view: memoryview, size: int = -1
-) -> list[tuple[Node, int, memoryview]]:
+def _read_layer(node: FormatNode, offset: int, view: memoryview, size: int = -1) -> list[tuple[Node, int, memoryview]]:
     """Read what this layer holds up to ``size`` (the disk's); returns what the layer below must provide."""
     started = perf_counter_ns()
     below: list[tuple[Node, int, memoryview]] = []

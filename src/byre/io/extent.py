@@ -6,7 +6,7 @@ the system call it would accompany.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from ..typing import Final, NamedTuple
 
 __all__ = [
     "COMPRESSED",

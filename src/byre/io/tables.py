@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING, Final
+
+from ..typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -131,7 +132,9 @@ class TableCache:
             words = like.words[:] if like and like.words is not None else array("Q", bytes(self.length))
             table = Table(host, words, None)
         else:
-            table = Table(host, None, bytearray(like.data) if like and like.data is not None else bytearray(self.length))
+            table = Table(
+                host, None, bytearray(like.data) if like and like.data is not None else bytearray(self.length)
+            )
         self.tables[host] = table
         self.mark(table, 0, self.length - 1)
         return table

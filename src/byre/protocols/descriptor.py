@@ -10,10 +10,10 @@ import fcntl
 import os
 import stat
 import struct
-from typing import Final, NamedTuple
 
 from ..errors import AccessDenied, InvalidArgument, NotFound, NotSupported, from_oserror, printable
 from ..io.buffers import aligned_buffer
+from ..typing import Final, NamedTuple
 
 __all__ = [
     "Descriptor",

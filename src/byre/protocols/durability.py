@@ -6,10 +6,10 @@ import errno
 import os
 import threading
 from time import perf_counter_ns
-from typing import Final
 
 from ..errors import IOFailure, from_oserror
 from ..graph.node import Stats
+from ..typing import Final
 
 __all__ = ["FlushState"]
 

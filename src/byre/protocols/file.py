@@ -10,16 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from contextlib import suppress
 from os import preadv, pwritev
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, InvalidArgument, NotSupported, ReadOnly, from_oserror, printable
 from ..graph.node import PERM_ALL, Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
 from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
+from ..typing import TYPE_CHECKING, Final, NamedTuple
 from . import descriptor
 from .durability import FlushState
 from .filespace import FileSpace
@@ -426,8 +425,10 @@ class FileNode(Node):
 
     def reopen_commit(self, token: object) -> None:
         assert isinstance(token, _Reopen)
-        with suppress(ByreError):  # nothing is left to do unless permissions changed since
+        try:
             self._locks.copy_to(token.opened.fd)
+        except ByreError:
+            pass  # nothing is left to do unless permissions changed since
         old = self._fd
         self._fd = token.opened.fd
         self.open_flags, self.runtime = token.flags, token.options

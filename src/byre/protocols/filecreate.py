@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidArgument, from_oserror, printable
 from ..graph.node import PERM_RESIZE, PERM_WRITE
+from ..typing import TYPE_CHECKING, Final
 from ..units import MIB, SECTOR, align_up
 from . import descriptor
 from .length import check_preallocation, set_length

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from ..io.extent import DATA, ZERO, Extent
+from ..typing import TYPE_CHECKING
 from ..units import align_down, align_up
 from . import space
 
@@ -52,7 +51,11 @@ class FileSpace:
         self._data = (0, 0)
 
     def claim(self, offset: int, length: int) -> AbstractContextManager[None]:
-        return nullcontext() if self.direct is None else self.direct.claim(offset, length)
+        if self.direct is not None:
+            return self.direct.claim(offset, length)
+        from contextlib import nullcontext  # too dear for start-up
+
+        return nullcontext()
 
     def allocate(self, offset: int, length: int) -> None:
         """Allocate blocks for a long write that follows, where that makes it faster (ext4: by a third).

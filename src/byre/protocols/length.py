@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from ..errors import InvalidArgument, NotSupported
 from ..io.buffers import zero_view
 from .vectors import pwritev_all
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["FileLength", "check_preallocation", "set_length"]
 
@@ -52,19 +47,36 @@ class FileLength:
             if self._growing == 0:
                 self._changed.notify_all()
 
-    @contextmanager
-    def setting(self) -> Iterator[None]:
-        """Nobody grows the file inside; the caller sets ``value``. Not to be entered by a growing write."""
+    def setting(self) -> _Setting:
+        """``with`` this nobody grows the file; the caller sets ``value``. Not to be entered by a growing write."""
+        return _Setting(self)
+
+    def begin_setting(self) -> None:
+        """Wait until nobody grows the file or sets its length, and keep it so."""
         with self._changed:
             while self._setting or self._growing:
                 self._changed.wait()
             self._setting = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._setting = False
-                self._changed.notify_all()
+
+    def end_setting(self) -> None:
+        with self._changed:
+            self._setting = False
+            self._changed.notify_all()
+
+
+class _Setting:
+    """A length is being set, from entry to exit."""
+
+    __slots__ = ("_length",)
+
+    def __init__(self, length: FileLength) -> None:
+        self._length = length
+
+    def __enter__(self) -> None:
+        self._length.begin_setting()
+
+    def __exit__(self, *_error: object) -> None:
+        self._length.end_setting()
 
 
 def check_preallocation(mode: str, before: int, after: int, where: str) -> None:

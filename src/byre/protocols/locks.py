@@ -12,10 +12,10 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Final
 
 from ..errors import Busy, NotSupported, from_oserror, printable
 from ..graph.node import PERM_NAMES
+from ..typing import Final
 
 __all__ = ["FileLocks"]
 

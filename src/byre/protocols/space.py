@@ -12,7 +12,8 @@ import os
 import struct
 import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+
+from ..typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import ctypes

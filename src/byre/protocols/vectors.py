@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from os import pwritev
-from typing import TYPE_CHECKING, Final
+
+from ..typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,9 +6,8 @@ when needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from ...options import Option, OptionSet, OptionValues
+from ...typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ...graph.creating import CreateRequest

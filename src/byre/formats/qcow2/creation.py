@@ -8,9 +8,9 @@ then the file is no qcow2 image.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import InvalidArgument, NotSupported
+from ...typing import TYPE_CHECKING, Final, NamedTuple
 from ...units import format_size
 from . import layout
 from .entries import ALL_ALLOCATED, COPIED

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import ImageError
+from ...typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,12 +6,11 @@ at once are in :mod:`.entries_bulk`, which loads numpy; this module does not.
 
 from __future__ import annotations
 
-from typing import Final
-
 from ...errors import Corrupt
 from ...io.extent import COMPRESSED as KIND_COMPRESSED
 from ...io.extent import DATA, NO_HOST, UNALLOCATED
 from ...io.extent import ZERO as KIND_ZERO
+from ...typing import Final
 
 __all__ = [
     "ALL_ALLOCATED",

@@ -6,9 +6,9 @@ Pure codecs; import them from :mod:`.layout`.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import ImageError, NotSupported, printable
+from ...typing import TYPE_CHECKING, Final, NamedTuple
 from .directories import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Truncated
 
 if TYPE_CHECKING:

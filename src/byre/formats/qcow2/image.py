@@ -7,15 +7,14 @@ resizing in :mod:`.resizing`, checking in :mod:`.check`.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from functools import partial
-from typing import TYPE_CHECKING, Final, cast
 
 from ...errors import ByreError, Corrupt, ImageError, ReadOnly
 from ...io import engine
 from ...io.extent import FUA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...io.tables import decode_words
+from ...typing import TYPE_CHECKING, Final, cast
 from ..abilities import CheckResult
 from ..base import FormatNode, Placement
 from . import entries, layout
@@ -369,6 +368,8 @@ class Qcow2Node(WithSnapshots, FormatNode):
 
     def _forget(self, freed: list[tuple[int, int]]) -> None:
         """No cached table lies in clusters that are free."""
+        from bisect import bisect_right
+
         assert self.refcounts is not None
         runs = sorted(freed)
         starts = [start for start, _ in runs]

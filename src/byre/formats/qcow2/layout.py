@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import ImageError, NoSpace
+from ...typing import TYPE_CHECKING, Final, NamedTuple
 from .directories import (
     BITMAP_AUTO,
     BITMAP_EXTRA_COMPATIBLE,

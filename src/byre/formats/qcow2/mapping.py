@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Final
 
 from ...errors import Corrupt
 from ...io.extent import COMPRESSED as KIND_COMPRESSED
 from ...io.extent import DATA, NO_HOST, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...io.tables import PAGE, Table, TableCache, decode_words, encode_words, page_runs
+from ...typing import TYPE_CHECKING, Final
 from ..base import Placement
 from . import entries
 from .entries import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
@@ -172,7 +172,11 @@ class Mapping:
                 if host >= 0:
                     host += offset - guest - (sub << sub_bits)
             last = rows[-1] if rows else None
-            if last and last.kind == kind < KIND_COMPRESSED and host == (last.host + last.length if last.host >= 0 else -1):
+            if (
+                last
+                and last.kind == kind < KIND_COMPRESSED
+                and host == (last.host + last.length if last.host >= 0 else -1)
+            ):
                 rows[-1] = last._replace(length=stop - last.offset)
             else:
                 rows.append(Extent(offset, stop - offset, kind, host))
@@ -283,7 +287,6 @@ class Mapping:
         if not word & COPIED or word & (COMPRESSED | ZERO) or not host or host & (self.cluster_size - 1):
             return -1
         return host + skip
-
 
     def reserve(self, offset: int, length: int) -> list[Placement]:
         """Placements from ``offset``, up to the end of its L2 table at most."""
@@ -456,8 +459,12 @@ class Mapping:
 
         :raises Corrupt: it refers to no cluster; letting go of what lies there would take it from its owner
         """
-        if word & (self.cluster_size - 1) & OFFSET_MASK and not word & COMPRESSED or word & COMPRESSED and self.data_file:
-            raise Corrupt(f"L2 entry {word:#018x} does not point to a cluster", where=self.where, hint='run "byre check"')
+        if (word & (self.cluster_size - 1) & OFFSET_MASK and not word & COMPRESSED) or (
+            word & COMPRESSED and self.data_file
+        ):
+            raise Corrupt(
+                f"L2 entry {word:#018x} does not point to a cluster", where=self.where, hint='run "byre check"'
+            )
         if word & COMPRESSED:
             host, length = entries.compressed_host(word, self.cluster_bits)
             first = host >> self.cluster_bits

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from ...errors import Corrupt, ImageError, InvalidArgument, NotSupported, printable
 from ...graph.opening import has_protocol, resolve_backing
+from ...typing import TYPE_CHECKING, Final
 from . import layout
 from .image import Qcow2Node
 

@@ -8,10 +8,10 @@ disk, so a cluster is never reused while an old mapping could still come back.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Final
 
 from ...errors import Corrupt, NoSpace
 from ...io.tables import PAGE, Table, TableCache, decode_words, encode_words, page_runs
+from ...typing import TYPE_CHECKING, Final
 from .entries import REFCOUNT_OFFSET_MASK, REFCOUNT_RESERVED, get_refcount, set_refcount
 from .layout import MAX_REFCOUNT_TABLE_SIZE
 

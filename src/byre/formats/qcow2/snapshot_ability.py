@@ -6,7 +6,8 @@ Apart from them because most commands need neither, and those modules load numpy
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, cast
+
+from ...typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from .directories import Snapshot
