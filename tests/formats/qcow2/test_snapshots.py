@@ -10,10 +10,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from model.disk import ModelDisk
-from support.images import detached, layer, new_image, open_image
-from support.walk import walk
 
 import byre
 from byre.errors import Busy, ByreError, Corrupt, ImageError, InvalidArgument, NotFound, NotSupported, ReadOnly
@@ -25,6 +21,10 @@ from byre.graph.graph import Graph
 from byre.image import Image
 from byre.jobs.job import Control
 from byre.protocols.memory import MemoryNode
+from conftest import Run
+from model.disk import ModelDisk
+from support.images import detached, layer, new_image, open_image
+from support.walk import walk
 
 KIB = 1024
 
