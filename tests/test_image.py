@@ -319,9 +319,14 @@ def test_an_error_inside_is_not_hidden_by_closing(tmp_path: Path) -> None:
             "inject-error": [{"event": "flush_to_disk", "errno": 5}],
         },
     }
-    with pytest.raises(ZeroDivisionError), byre.open(spec, read_only=False) as image:
-        image.write(0, b"x")
-        raise ZeroDivisionError
+
+    def failing() -> None:
+        with byre.open(spec, read_only=False) as image:
+            image.write(0, b"x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
     with pytest.raises(ByreError), byre.open(spec, read_only=False) as image:
         image.write(0, b"x")
     with byre.open(str(tmp_path / "a"), read_only=False):  # and it is closed: nobody holds it

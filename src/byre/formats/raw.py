@@ -167,6 +167,11 @@ class RawNode(Node):
                 hint='say that it is raw (-f raw, or driver="raw") if the write is meant',
             )
 
+    def _check_probe_zeroes(self, offset: int, length: int) -> None:
+        """Zeroes between bytes that are there can complete a signature as well."""
+        if self.probed and offset < PROBE_SIZE:
+            self._check_probe(offset, memoryview(bytes(min(length, PROBE_SIZE - offset))))
+
     def _check_write(self, offset: int, length: int) -> None:
         if self.read_only:
             raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
@@ -176,6 +181,7 @@ class RawNode(Node):
 
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         self._check_write(offset, length)
+        self._check_probe_zeroes(offset, length)
         started = perf_counter_ns()
         self._file.write_zeroes(self.base + offset, length, flags)
         self.stats.done(Stats.ZEROES, length, started)
@@ -184,6 +190,7 @@ class RawNode(Node):
         if self.pass_discard:
             started = perf_counter_ns()
             self._check_write(offset, 0)
+            self._check_probe_zeroes(offset, length)
             self._file.discard(self.base + offset, min(length, self.size - offset))
             self.stats.done(Stats.DISCARD, length, started)
 
