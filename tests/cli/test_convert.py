@@ -212,7 +212,7 @@ def test_the_source_is_not_touched(here: Path) -> None:
         (["-c", "-O", "qcow2", "-o", "preallocation=full", "a", "o"], "compression and preallocation"),
         (["--level", "3", "a", "o"], "--level needs -c"),
         (["-c", "--level", "99", "-O", "qcow2", "a", "o"], "compression level"),
-        (["-l", "snap", "a", "o"], "-l"),
+        (["-l", "snap", "a", "o"], "does not support temporarily loading"),
         (["--bitmaps", "a", "o"], "--bitmaps"),
         (["-n", "a", "missing"], "missing"),
         (["missing", "o"], "missing"),

@@ -12,6 +12,7 @@ import pytest
 
 from byre.cli import common
 from byre.cli.main import main, program_name
+from byre.crypto.secrets import Secret
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_version(capsys: pytest.CaptureFixture[str], prog: str, start: str, opti
         (["info", "/nonexistent/x"], "No such file"),
         (["info", "/nonexistent/\x1b[31m\udcff"], "\\x1b[31m\\udcff"),
         (["create"], "expecting image file name"),
-        (["snapshot", "-l", "x"], "internal snapshots is not there yet"),
+        (["bitmap", "--add", "x", "b"], "persistent dirty bitmaps is not there yet"),
         (["serve"], "the NBD server is not there yet"),
     ],
 )
@@ -245,7 +246,7 @@ class TestSecrets:
                                       "secret,data=hunter2"])  # fmt: skip
     def test_refusals_do_not_show_it(self, text: str) -> None:
         with pytest.raises(common.ByreError) as caught:
-            common.Secret.parse(text)
+            Secret.parse(text)
         assert "hunter2" not in str(caught.value)
 
 
