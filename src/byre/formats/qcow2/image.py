@@ -263,10 +263,9 @@ class Qcow2Node(WithSnapshots, FormatNode):
         return self._compress(buffer)
 
     def write_compressed(self, offset: int, buffer: memoryview) -> None:
-        from ...errors import InvalidArgument, NotSupported
+        from ...errors import InvalidArgument
 
-        if self.data_file is not None:
-            raise NotSupported("an image with an external data file cannot hold compressed clusters", where=self.filename)
+        self._check_compressible()
         last = min(self.cluster_size, self._size - offset)
         if offset % self.cluster_size or len(buffer) not in (self.cluster_size, last):
             raise InvalidArgument(f"a compressed write covers exactly one cluster of {self.cluster_size} bytes, "
@@ -277,7 +276,21 @@ class Qcow2Node(WithSnapshots, FormatNode):
         else:
             engine.write_compressed(self, offset, [payload])
 
+    def _check_compressible(self) -> None:
+        from ...errors import NotSupported
+
+        if self.header.has_data_file:
+            raise NotSupported(
+                "an image with an external data file cannot hold compressed clusters", where=self.filename
+            )
+
     def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
+        from ...errors import InvalidArgument
+
+        self._check_compressible()
+        if offset % self.cluster_size or not all(0 < len(payload) < self.cluster_size for payload in payloads):
+            raise InvalidArgument(f"compressed clusters begin at multiples of {self.cluster_size} bytes and are smaller "
+                                  "than that", where=self.filename)  # fmt: skip
         engine.write_compressed(self, offset, payloads)
 
     def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
