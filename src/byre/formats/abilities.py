@@ -7,13 +7,16 @@ from ..typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..bitmaps.bitmap import Bitmap
     from ..graph.node import Node
     from ..jobs.job import Control
 
 __all__ = [
     "BackingChangeable",
+    "BitmapStore",
     "CheckResult",
     "Checkable",
+    "HasBitmaps",
     "HasCompression",
     "HasFormatInfo",
     "HasHoles",
@@ -53,6 +56,39 @@ class HasCompression(Protocol):
 
     def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
         """Store consecutive clusters from ``offset`` that :meth:`compress` produced, packed, in one request."""
+
+
+class BitmapStore(Protocol):
+    """The dirty bitmaps of an image: the persistent ones and those that are only in memory."""
+
+    @property
+    def can_persist(self) -> bool:
+        """Whether this image can keep bitmaps."""
+
+    def entries(self) -> list[tuple[str, int, bool]]:
+        """(name, granularity in bytes, inconsistent) of each persistent bitmap, without loading its bits."""
+
+    def all(self) -> tuple[Bitmap, ...]:
+        """All bitmaps, loaded."""
+
+    def find(self, name: str) -> Bitmap:
+        """:raises NotFound: there is none of that name"""
+
+    def add(self, name: str, granularity: int = 0, *, persistent: bool = True, enabled: bool = True) -> Bitmap:
+        """A new bitmap, all clean; granularity 0 is the default one.
+
+        :raises AlreadyExists: there is one of that name
+        """
+
+    def remove(self, name: str) -> None:
+        """:raises NotFound: there is none of that name"""
+
+
+@runtime_checkable
+class HasBitmaps(Protocol):
+    """Dirty bitmaps can be kept in the image."""
+
+    def bitmap_store(self) -> BitmapStore: ...
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ writes that would make its first bytes look like another format.
 
 from __future__ import annotations
 
+import threading
 from time import perf_counter_ns
 
 from ..catalog import PROBE_SIZE, probe
@@ -77,6 +78,7 @@ class RawNode(Node):
                  size: int | None = None) -> None:  # fmt: skip
         super().__init__(name=name, filename=file.filename, read_only=read_only)
         self._check_slice(file, offset, size)
+        self.lock = threading.Lock()  # for bitmaps/tracking.py
         self.base = offset
         self._slice = size
         self._file = file
@@ -144,14 +146,22 @@ class RawNode(Node):
         except BaseException:
             self.stats.failed(Stats.WRITE)
             raise
+        finally:
+            if self.tracker is not None:
+                self.tracker.mark(offset, len(buffer))
         self.stats.done(Stats.WRITE, len(buffer), started)
 
     def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
         if self.detect_zeroes != "off" or (self.probed and offset < PROBE_SIZE):
             super().writev_from(offset, buffers, flags)
             return
-        self._check_write(offset, sum(map(len, buffers)))
-        self._file.writev_from(self.base + offset, buffers, flags)
+        length = sum(map(len, buffers))
+        self._check_write(offset, length)
+        try:
+            self._file.writev_from(self.base + offset, buffers, flags)
+        finally:
+            if self.tracker is not None:
+                self.tracker.mark(offset, length)
 
     def _check_probe(self, offset: int, buffer: memoryview) -> None:
         """A guest may not turn a probed raw image into another format by writing to its start."""
@@ -183,7 +193,11 @@ class RawNode(Node):
         self._check_write(offset, length)
         self._check_probe_zeroes(offset, length)
         started = perf_counter_ns()
-        self._file.write_zeroes(self.base + offset, length, flags)
+        try:
+            self._file.write_zeroes(self.base + offset, length, flags)
+        finally:
+            if self.tracker is not None:
+                self.tracker.mark(offset, length)
         self.stats.done(Stats.ZEROES, length, started)
 
     def discard(self, offset: int, length: int) -> None:
@@ -191,7 +205,11 @@ class RawNode(Node):
             started = perf_counter_ns()
             self._check_write(offset, 0)
             self._check_probe_zeroes(offset, length)
-            self._file.discard(self.base + offset, min(length, self.size - offset))
+            try:
+                self._file.discard(self.base + offset, min(length, self.size - offset))
+            finally:
+                if self.tracker is not None:
+                    self.tracker.mark(offset, length)
             self.stats.done(Stats.DISCARD, length, started)
 
     def flush(self) -> None:
@@ -216,7 +234,14 @@ class RawNode(Node):
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         if self._slice is not None:
             raise ImageError("a slice of a file cannot be resized", where=self.filename)
-        self._file.resize(self.base + size, preallocation=preallocation, exact=exact)
+        tracker = self.tracker
+        if tracker is not None and size > self.size:
+            tracker.resize(size)
+        try:
+            self._file.resize(self.base + size, preallocation=preallocation, exact=exact)
+        finally:
+            if tracker is not None:
+                tracker.resize(self.size)
 
     def refresh_size(self) -> None:
         self._file.refresh_size()

@@ -17,6 +17,7 @@ from ..typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..bitmaps.tracking import Tracker
     from ..io.extentmap import ExtentMap
     from ..options import OptionValues
     from .child import Child
@@ -130,6 +131,8 @@ class Node:
     kind = ""  # "protocol", "format" or "filter"
     #: Whether ``debug_event`` does anything here or below; a format asks its file child once, when it is opened.
     takes_events = False
+    #: Dirty bitmaps that writes to this node mark; ``None`` where there is none.
+    tracker: Tracker | None = None
     layered = False  # a FormatNode, whose reads go layer by layer through io/engine.py
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:

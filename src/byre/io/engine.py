@@ -155,8 +155,13 @@ def write(node: FormatNode, offset: int, buffer: memoryview, flags: int = 0) -> 
         return
     done = 0
     try:
-        while done < length:
-            done += _write_step(node, offset + done, buffer[done:] if done else buffer)
+        try:
+            while done < length:
+                done += _write_step(node, offset + done, buffer[done:] if done else buffer)
+        finally:
+            # A write that failed may have changed something.
+            if node.tracker is not None:
+                node.tracker.mark(offset, length)
         if flags & FUA:
             flush(node)
     except BaseException:
@@ -322,6 +327,8 @@ def write_compressed(node: FormatNode, offset: int, payloads: Sequence[bytes]) -
         node.stats.failed(1)
         raise
     finally:
+        if node.tracker is not None:
+            node.tracker.mark(offset, end - offset)
         with node.lock:
             inflight.release(claim)
             inflight.give_back(ticket)
@@ -370,6 +377,9 @@ def write_zeroes(node: FormatNode, offset: int, length: int, flags: int = 0) -> 
     except BaseException:
         node.stats.failed(2)
         raise
+    finally:
+        if node.tracker is not None:
+            node.tracker.mark(offset, end - offset)
     node.stats.done(2, length, started)
 
 
@@ -451,6 +461,9 @@ def discard(node: FormatNode, offset: int, length: int) -> None:
     except BaseException:
         node.stats.failed(3)
         raise
+    finally:
+        if node.tracker is not None:
+            node.tracker.mark(offset, end - offset)
     node.stats.done(3, length, started)
 
 

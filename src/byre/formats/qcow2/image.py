@@ -18,6 +18,7 @@ from ...typing import TYPE_CHECKING, Final, cast
 from ..abilities import CheckResult
 from ..base import FormatNode, Placement
 from . import entries, layout
+from .bitmap_ability import WithBitmaps
 from .mapping import Mapping
 from .refcounts import Refcounts
 from .snapshot_ability import WithSnapshots
@@ -38,7 +39,7 @@ _PENDING_LIMIT: Final = 4096
 """Freed runs of clusters that may wait for the next write-back before one is forced."""
 
 
-class Qcow2Node(WithSnapshots, FormatNode):
+class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
     """An open qcow2 image, versions 2 and 3.
 
     Guarded by ``lock``: header, tables, allocator.
@@ -195,9 +196,10 @@ class Qcow2Node(WithSnapshots, FormatNode):
             self._guarded(self.write_back)
 
     def _start_writing(self) -> None:
-        """Clear the autoclear bits this program does not keep up: unknown ones, and dirty bitmaps."""
+        """Bitmaps get ready to follow; the autoclear bits this program does not keep up are cleared."""
+        bitmaps = self.begin_bitmaps()
         header = self.header
-        kept = header.autoclear_features & layout.AUTOCLEAR_RAW_DATA
+        kept = header.autoclear_features & (layout.AUTOCLEAR_RAW_DATA | bitmaps)
         if header.version >= 3 and kept != header.autoclear_features:
             self.header = header._replace(autoclear_features=kept)
             self.file.write_from(88, memoryview(kept.to_bytes(8, "big")))
@@ -441,6 +443,7 @@ class Qcow2Node(WithSnapshots, FormatNode):
         with self.lock:
             if flags.read_only and not self.read_only:
                 self._guarded(self.write_back)
+                self.store_bitmaps()
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
@@ -451,6 +454,9 @@ class Qcow2Node(WithSnapshots, FormatNode):
             self.read_only = flags.read_only
             self.detect_zeroes = flags.detect_zeroes
             self.pass_discard = flags.unmap
+            self._writing = False
+            if self._bitmaps is not None:
+                self._bitmaps.set_read_only(self.read_only)
             if was_read_only and not self.read_only:
                 self.load_refcounts()
 
@@ -459,6 +465,12 @@ class Qcow2Node(WithSnapshots, FormatNode):
             from .check import repair_dirty
 
             repair_dirty(self)
+
+    def inactivate(self) -> None:
+        super().inactivate()
+        with self.lock:
+            if not self.read_only and self.failure is None:
+                self.store_bitmaps()
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ

@@ -52,6 +52,8 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
             from .check import repair_dirty
 
             repair_dirty(node)
+        if node.has_bitmaps() and not (node.read_only or flags.check):
+            node.bitmap_store()  # before anything is written, a directory that makes no sense is refused
     return node
 
 

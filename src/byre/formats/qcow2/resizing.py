@@ -41,16 +41,24 @@ def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
         raise InvalidArgument(f"the new size of {size} bytes needs an L1 table of {entries * 8} bytes, allowed are "
                               f"{layout.MAX_L1_SIZE}", where=node.filename, hint="use larger clusters")  # fmt: skip
     before = header.size
+    if size < before and preallocation != "off":
+        raise InvalidArgument("preallocation makes no sense when shrinking", where=node.filename)
     if size != before:
+        node.resize_bitmaps(size, prepare=True)
         with node.lock:
             node.check_failure()
             node._before_change()
     if size < before:
-        if preallocation != "off":
-            raise InvalidArgument("preallocation makes no sense when shrinking", where=node.filename)
         _shrink(node, before, size)
+        node.resize_bitmaps(size)
     elif size > before:
-        _grow(node, before, size, entries)
+        # Writes to the new space may come as soon as it is there.
+        node.resize_bitmaps(size)
+        try:
+            _grow(node, before, size, entries)
+        except BaseException:
+            node.resize_bitmaps(node.size)
+            raise
         if preallocation != "off":
             from .preallocate import preallocate
 

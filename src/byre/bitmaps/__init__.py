@@ -1,0 +1,1 @@
+"""Dirty bitmaps: which parts of a disk were written to since some moment."""
