@@ -377,3 +377,17 @@ def test_requests_still_running_at_the_end_are_reported(disk: Path) -> None:
     )
     assert done.returncode == 0
     assert "wrote 1024/1024 bytes at offset 0\n" in done.stdout
+
+
+def test_an_image_found_corrupt_is_said_once(io, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "damaged.qcow2"
+    assert main(["create", "-q", "-f", "qcow2", str(path), "64M"]) == 0
+    with open(path, "r+b") as file:  # the counts call every cluster free, the header's among them
+        file.seek(0x20000)
+        file.write(bytes(8))
+    ran = io(*commands("write 64k 64k", "write 1M 64k"), path)
+    assert ran.code == 1
+    assert ran.out.count("write failed: Input/output error\n") == 2
+    (line,) = ran.err.splitlines()
+    assert line.startswith("qcow2: Marking image as corrupt: ")
+    assert line.endswith("; further corruption events will be suppressed")

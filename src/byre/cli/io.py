@@ -6,9 +6,9 @@ The program's own options and the loop over lines are here; the commands are in 
 from __future__ import annotations
 
 import sys
-from typing import Final
 
 from ..errors import ByreError
+from ..typing import Final
 from . import common
 from .common import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRAM, QUIET, Given, Switch, UsageError
 from .iocmds import breakpoints, control, opening, state, transfers

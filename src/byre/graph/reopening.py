@@ -141,6 +141,7 @@ def _options(node: Node, given: dict[str, object]) -> OptionValues:
     module = row.load()
     before = getattr(node, "runtime", None)
     values = dict(before.given) if before is not None else {}
-    values.update(given)
+    join = getattr(module, "join_options", None)
+    values = join(values, given) if join is not None and given else {**values, **given}
     declared: OptionSet = module.OPTIONS
     return declared.parse(values, what=f"driver {row.name!r}")

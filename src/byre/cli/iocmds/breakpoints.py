@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol, cast
 
 from ...errors import ByreError, NotSupported
+from ...typing import TYPE_CHECKING, Protocol, cast
 from .shell import Command, Failed
 
 if TYPE_CHECKING:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
-
+from ...typing import Final
 from .text import MAX_REQUEST, Refused, parse_number
 
 __all__ = ["allocate", "differs", "filled_from_file", "lengths", "split"]

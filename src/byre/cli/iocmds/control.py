@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
 from ...errors import NotSupported
+from ...typing import TYPE_CHECKING
 from .shell import Command
 from .text import Refused, parse_integer, parse_number
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from .shell import Shell
 
 __all__ = ["COMMANDS"]

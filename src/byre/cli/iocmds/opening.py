@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import ByreError, InvalidArgument, NotSupported, from_oserror
 from ...graph.opening import parse_filename

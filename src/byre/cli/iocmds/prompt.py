@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, Final
+
+from ...typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable

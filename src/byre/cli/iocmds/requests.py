@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Final
 
 from ...errors import Busy
+from ...typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import ByreError, ReadOnly
+from ...errors import ByreError, Corrupt, IOFailure, ReadOnly
+from ...typing import TYPE_CHECKING, NamedTuple
 from ..common import as_peer, report
 from .getopt import UsageError
 from .requests import Requests
@@ -73,6 +73,7 @@ class Shell:
         self.image: Image | None = None
         self.misalign = misalign
         self.finished = False
+        self._told = False  # that the image went out of service
         self.breakpoints: Breakpoints = Breakpoints(self.say)
         self.requests = Requests(self.breakpoints.watch)
 
@@ -164,8 +165,13 @@ class Shell:
         self.breakpoints.clear()
         self.requests.drain()
         image, self.image = self.image, None
-        if image is not None:
+        if image is None:
+            return
+        try:
             image.close()
+        except IOFailure:
+            if not self._told:  # an image out of service cannot be written back, which is no news then
+                raise
 
     # -- words ------------------------------------------------------------------------------------
 
@@ -188,6 +194,11 @@ class Shell:
         """
         if not isinstance(error, ByreError):
             raise error
+        node = self.image.node if self.image is not None else None
+        if node is not None and isinstance(error, Corrupt) and getattr(node, "failure", None) is error:
+            self.complain(f"{node.driver}: Marking image as corrupt: {error.message}; "
+                          "further corruption events will be suppressed")  # fmt: skip
+            self._told = True
         self.say(f"{verb} failed: {os.strerror(error.errno)}\n")
         self.explain(error)
 

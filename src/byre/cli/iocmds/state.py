@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from ...catalog import driver
 from ...errors import InvalidArgument
 from ...graph import chain
 from ...image import CACHE_MODES
 from ...io.extent import UNALLOCATED
 from ...options import Option, convert, parse_keyval
+from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
 from .getopt import UsageError, scan
 from .shell import Command, Failed

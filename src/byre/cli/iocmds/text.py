@@ -7,7 +7,8 @@ times with two, one line of what was done and one of how fast.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+
+from ...typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

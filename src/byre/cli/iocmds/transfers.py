@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final
 
 from ...errors import ByreError, InvalidArgument, IOFailure, NotSupported
 from ...graph.node import Stats
+from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
 from . import buffers
 from .getopt import Given, UsageError, scan

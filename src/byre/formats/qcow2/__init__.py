@@ -21,6 +21,7 @@ __all__ = [
     "OPTIONS",
     "check_create",
     "create",
+    "join_options",
     "measure",
     "open_node",
 ]
@@ -101,6 +102,13 @@ def open_node(request: OpenRequest) -> Node:
     from .opening import open_qcow2
 
     return open_qcow2(request)
+
+
+def join_options(before: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+    """What reopening makes of the options an image has and those that are new."""
+    from . import runtime
+
+    return runtime.join_options(before, given)
 
 
 def check_create(options: OptionValues) -> None:

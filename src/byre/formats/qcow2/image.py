@@ -440,6 +440,10 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
             from .opening import check_usable
 
             check_usable(self.header, False, True, self.filename)
+        if options.given:
+            from .runtime import check_options
+
+            check_options(options, self.header, self.filename)
         with self.lock:
             if flags.read_only and not self.read_only:
                 self._guarded(self.write_back)

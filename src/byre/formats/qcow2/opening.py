@@ -32,6 +32,10 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     if file.read_only and not flags.read_only:
         flags = flags._replace(read_only=True)
     check_usable(header, flags.read_only or flags.check, flags.no_io or flags.check, where)
+    if request.options.given:
+        from .runtime import check_options
+
+        check_options(request.options, header, where)
     if request.opener.policy.max_size and header.size > request.opener.policy.max_size:
         raise ImageError(f"the virtual size is {header.size}, allowed are {request.opener.policy.max_size} bytes "
                          "for an untrusted image", where=where, hint="raise --max-size")  # fmt: skip

@@ -1,0 +1,91 @@
+"""qcow2's run-time options: which values go together, and what becomes of older ones when an image is reopened.
+
+Metadata caches here are bounded by their own limit, reference counts are always written in order, and every allocation
+is checked against known metadata. So cache sizes, ``lazy-refcounts`` and ``overlap-check`` change nothing; but what
+makes no sense elsewhere is refused here as well, so that scripts hear of it.
+"""
+
+from __future__ import annotations
+
+from ...errors import ByreError, InvalidArgument, NotSupported
+from ...typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ...options import OptionValues
+    from .layout import Header
+
+__all__ = ["check_options", "join_options"]
+
+_SMALLEST_ENTRY: Final = 512
+_DEFAULT_L2_CACHE: Final = 32 << 20
+_DEFAULT_ENTRY: Final = 4096
+_MOST_ENTRIES: Final = (1 << 31) - 1
+
+_TOTAL: Final = "cache-size"
+_PARTS: Final = ("l2-cache-size", "refcount-cache-size")
+_TEMPLATE_NAMES: Final = ("overlap-check", "overlap-check.template")
+
+
+def check_options(options: OptionValues, header: Header, where: str) -> None:
+    """:raises ByreError: values that exclude each other, or that an image with this header cannot have"""
+    try:
+        _check_options(options, header)
+    except ByreError as error:
+        error.where = error.where or where
+        raise
+
+
+def _check_options(options: OptionValues, header: Header) -> None:
+    _check_caches(options, header)
+    short, long = (options.text(name) for name in _TEMPLATE_NAMES)
+    if short and long and short != long:
+        raise InvalidArgument(f"options 'overlap-check' ({short}) and 'overlap-check.template' ({long}) contradict")
+    if header.version < 3:
+        for name in ("lazy-refcounts", "discard-no-unref"):
+            if options.flag(name):
+                raise NotSupported(f"option {name!r} needs an image of version 3 (compat=1.1)")
+
+
+def _check_caches(options: OptionValues, header: Header) -> None:
+    total = options.optional_number(_TOTAL)
+    l2, refcount = (options.optional_number(name) for name in _PARTS)
+    if total is not None:
+        if l2 is not None and refcount is not None:
+            raise InvalidArgument(f"options {_TOTAL!r}, {_PARTS[0]!r} and {_PARTS[1]!r} cannot all be given")
+        for name, part in zip(_PARTS, (l2, refcount), strict=True):
+            if part is not None and part > total:
+                raise InvalidArgument(f"option {name!r} is {part}: more than {_TOTAL!r}, which is {total}")
+        if l2 is None:
+            l2 = total - (refcount or 0)
+        elif refcount is None:
+            refcount = total - l2
+    # A cache larger than all tables together is as large as those.
+    whole = -(-header.size // header.cluster_size) * (16 if header.extended_l2 else 8)
+    l2 = min(_DEFAULT_L2_CACHE if l2 is None else l2, whole)
+    entry = options.optional_number("l2-cache-entry-size")
+    if entry is None:
+        entry = header.cluster_size if l2 >= whole else min(header.cluster_size, _DEFAULT_ENTRY)
+    if not _SMALLEST_ENTRY <= entry <= header.cluster_size or entry & (entry - 1):
+        raise InvalidArgument(f"option 'l2-cache-entry-size' is {entry}: must be a power of two from {_SMALLEST_ENTRY} "
+                              f"to the cluster size, which is {header.cluster_size}")  # fmt: skip
+    for name, size, unit in zip(_PARTS, (l2, refcount or 0), (entry, header.cluster_size), strict=True):
+        if size // unit > _MOST_ENTRIES:
+            raise InvalidArgument(f"option {name!r} is {size}: that is over {_MOST_ENTRIES} tables of {unit} bytes")
+
+
+def join_options(before: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """The options of a reopened image: ``given`` on top of those it had.
+
+    A new overlap template replaces all that was said about overlap checks; a new total cache size replaces those of
+    the parts, and a new size of a part the total.
+    """
+    kept = dict(before)
+    if any(name in given for name in _TEMPLATE_NAMES):
+        kept = {name: value for name, value in kept.items() if not name.startswith("overlap-check")}
+    if _TOTAL in given:
+        dropped = _PARTS
+    else:
+        dropped = (_TOTAL,) if any(name in given for name in _PARTS) else ()
+    return {name: value for name, value in kept.items() if name not in dropped} | dict(given)
