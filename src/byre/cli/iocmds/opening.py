@@ -9,6 +9,7 @@ from ...graph.opening import parse_filename
 from ...image import CACHE_MODES
 from ...image import open as open_target
 from ...options import parse_keyval, unflatten
+from ...typing import TYPE_CHECKING, Final, NamedTuple
 from ..common import policy, warn_graph
 from .getopt import UsageError, scan
 from .shell import Command, Failed
