@@ -41,6 +41,7 @@ class Driver(NamedTuple):
 CATALOG: tuple[Driver, ...] = (
     Driver("file", "protocol", "byre.protocols.file", "regular file", abilities="rwc", prefix="file"),
     Driver("host_device", "protocol", "byre.protocols.file", "block device", abilities="rw", prefix="host_device"),
+    Driver("host_cdrom", "protocol", "byre.protocols.file", "CD-ROM drive", abilities="rw", prefix="host_cdrom"),
     Driver("memory", "protocol", "byre.protocols.memory", "bytes in memory", abilities="rw"),
     Driver("null-co", "protocol", "byre.protocols.null", "takes everything, holds nothing", abilities="rw",
            prefix="null-co"),

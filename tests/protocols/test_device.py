@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from byre.errors import InvalidArgument, NoSpace
+import byre
+from byre.errors import ByreError, InvalidArgument, NoSpace
 from byre.io.extent import DATA, MAY_UNMAP, NO_FALLBACK, Extent
+from byre.protocols.descriptor import open_descriptor
 from byre.protocols.file import CREATE_OPTIONS, create
 
 from .conftest import OpenFile
@@ -30,6 +32,24 @@ def device(tmp_path: Path) -> Iterator[str]:
         pytest.skip(f"no loop device: {made.stderr.strip()}")
     yield made.stdout.strip()
     subprocess.run([losetup, "-d", made.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("driver", ["host_device", "host_cdrom"])
+def test_a_character_device_is_opened_where_the_user_says_so(open_file: OpenFile, driver: str) -> None:
+    node = open_file("/dev/null", driver=driver)
+    assert (node.driver, node.size) == (driver, 0)
+    with pytest.raises(InvalidArgument, match="character device"):
+        open_file("/dev/null", driver="file")
+
+
+def test_an_image_cannot_name_a_character_device(tmp_path: Path) -> None:
+    with pytest.raises(ByreError):
+        open_descriptor("/dev/null", read_only=True, implicit=True, character=True)
+    overlay = str(tmp_path / "overlay.qcow2")
+    options = {"backing_file": "/dev/null", "backing_fmt": "raw"}
+    byre.create(overlay, "qcow2", 1 << 20, options=options, check_backing=False)
+    with pytest.raises(ByreError):
+        byre.open(overlay)
 
 
 @pytest.mark.parametrize("direct", [False, True])

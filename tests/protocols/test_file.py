@@ -554,8 +554,9 @@ def test_errors_name_the_file(tmp_path: Path, open_file: OpenFile) -> None:
         open_file("a\0b")
     with pytest.raises(InvalidArgument, match="needs a filename"):
         open_file("")
-    with pytest.raises(InvalidArgument, match="block device"):
-        open_file(make(tmp_path / "a", 10), driver="host_device")
+    for driver in ("host_device", "host_cdrom"):
+        with pytest.raises(InvalidArgument, match="needs a block or character device"):
+            open_file(make(tmp_path / "a", 10), driver=driver)
     with pytest.raises(NotFound) as caught:
         open_file(tmp_path / "escape\x1b[31m")
     assert "\x1b" not in str(caught.value)

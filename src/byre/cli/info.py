@@ -35,6 +35,8 @@ Say what an image is.
 
 {common.option_help(_TABLE)}"""
 
+_FILE_DRIVERS: Final = ("file", "host_device", "host_cdrom")
+
 # The peer prints its keys in the order of a hash table; scripts that compare texts rely on it.
 _KEYS: Final = (
     "backing-filename-format",
@@ -177,14 +179,14 @@ def _dirty_flag(node: Node) -> bool | None:
     """Whether the image was not shut down cleanly; ``None`` where the driver has no such notion."""
     while node.driver == "raw" and "file" in node.children:
         node = node.children["file"].node
-    if node.driver in ("file", "host_device"):
+    if node.driver in _FILE_DRIVERS:
         return False
     dirty = getattr(node, "dirty", None)
     return bool(dirty) if dirty is not None else None
 
 
 def _format_specific(node: Node) -> dict[str, object] | None:
-    if node.driver in ("file", "host_device"):
+    if node.driver in _FILE_DRIVERS:
         hint = getattr(node, "extent_size_hint", 0)
         return {"type": "file", "data": {"extent-size-hint": hint} if hint else {}}
     from ..formats.abilities import HasFormatInfo

@@ -41,6 +41,7 @@ class Descriptor(NamedTuple):
     """An open file.
 
     :ivar identity: (device, inode) of a file, ("device", number) of a block device
+    :ivar is_device: a block or character device: it has no length that could be changed
     """
 
     fd: int
@@ -57,10 +58,12 @@ class DirectLimits(NamedTuple):
 
 
 def open_descriptor(
-    path: str, *, read_only: bool, direct: bool = False, auto_read_only: bool = False, implicit: bool = False
-) -> Descriptor:
+    path: str, *, read_only: bool, direct: bool = False, auto_read_only: bool = False, implicit: bool = False,
+    character: bool = False,
+) -> Descriptor:  # fmt: skip
     """Open a regular file or block device; never blocks on anything else.
 
+    :param character: a character device will do as well, unless an image names it
     :param auto_read_only: open read-only where writing is denied
     :param implicit: an image names this path, not the user
     :raises NotFound, AccessDenied, InvalidArgument: it cannot be opened, or is something else
@@ -69,12 +72,13 @@ def open_descriptor(
     where = printable(path)
     if implicit and os.path.abspath(path).startswith(("/proc/", "/dev/fd/", "/dev/std")):
         raise AccessDenied("an image may not name files of a running process", where=where)
+    character = character and not implicit
     # Looked at before it is opened as well: merely opening some devices does something.
-    _check_kind(_stat(path, where), where)
+    _check_kind(_stat(path, where), where, character)
     fd, read_only = _open(path, where, read_only, direct, auto_read_only)
     try:
         status = os.fstat(fd)
-        _check_kind(status, where)
+        _check_kind(status, where, character)
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     except OSError as error:
         os.close(fd)
@@ -82,7 +86,7 @@ def open_descriptor(
     except BaseException:
         os.close(fd)
         raise
-    return Descriptor(fd, read_only, stat.S_ISBLK(status.st_mode), _identity(status))
+    return Descriptor(fd, read_only, _is_device(status), _identity(status))
 
 
 def reopen_descriptor(
@@ -103,7 +107,7 @@ def reopen_descriptor(
     except BaseException:
         os.close(new)
         raise
-    return Descriptor(new, read_only, stat.S_ISBLK(status.st_mode), _identity(status))
+    return Descriptor(new, read_only, _is_device(status), _identity(status))
 
 
 def _stat(path: str, where: str) -> os.stat_result:
@@ -115,7 +119,9 @@ def _stat(path: str, where: str) -> os.stat_result:
         raise InvalidArgument("a file name cannot hold a zero byte", where=where) from None
 
 
-def _check_kind(status: os.stat_result, where: str) -> None:
+def _check_kind(status: os.stat_result, where: str, character: bool) -> None:
+    if character and stat.S_ISCHR(status.st_mode):
+        return
     for test, what in _KINDS:
         if test(status.st_mode):
             raise InvalidArgument(f"this is {what}; only regular files and block devices hold images", where=where)
@@ -137,7 +143,13 @@ def _kernel_devices() -> list[int]:
     return found
 
 
+def _is_device(status: os.stat_result) -> bool:
+    return stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode)
+
+
 def _identity(status: os.stat_result) -> tuple[object, int]:
+    if stat.S_ISCHR(status.st_mode):
+        return "character device", status.st_rdev
     if stat.S_ISBLK(status.st_mode):
         return "device", status.st_rdev
     return status.st_dev, status.st_ino

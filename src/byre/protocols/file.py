@@ -55,6 +55,9 @@ CREATE_OPTIONS: Final = OptionSet(
     Option("size", "size", "Virtual disk size", 0),
 )  # fmt: skip
 
+DEVICE_DRIVERS: Final = ("host_device", "host_cdrom")
+"""Names under which the user may open a character device as well; a regular file they do not open."""
+
 _ZERO_STEP: Final = 1 << 20
 _NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM)
 
@@ -70,13 +73,13 @@ class _Reopen(NamedTuple):
 
 
 class FileNode(Node):
-    """An open regular file or block device.
+    """An open regular file or device.
 
     Guarded by ``_length``: the cached size. Guarded by ``_lock``: the descriptor for unaligned tails. Guarded by
     the graph lock: locks, reopening.
 
     :ivar identity: equal for two nodes exactly if they are the same file
-    :ivar is_device: a block device
+    :ivar is_device: a device, whose size cannot be changed
     :ivar bulk_size: writes at least this long have their blocks allocated first; set by who streams a whole disk
     :ivar runtime: its options, which reopening starts from
     """
@@ -466,10 +469,11 @@ def open_node(request: OpenRequest) -> FileNode:
         raise InvalidArgument(f"driver {driver!r} needs a filename")
     flags = request.flags
     opened = descriptor.open_descriptor(path, read_only=flags.read_only, direct=flags.direct,
-                                        auto_read_only=flags.auto_read_only, implicit=request.implicit)  # fmt: skip
+                                        auto_read_only=flags.auto_read_only, implicit=request.implicit,
+                                        character=driver in DEVICE_DRIVERS)  # fmt: skip
     try:
-        if driver == "host_device" and not opened.is_device:
-            raise InvalidArgument("driver 'host_device' needs a block device", where=printable(path),
+        if driver in DEVICE_DRIVERS and not opened.is_device:
+            raise InvalidArgument(f"driver {driver!r} needs a block or character device", where=printable(path),
                                   hint="driver 'file' opens regular files")  # fmt: skip
         node = FileNode(path, opened, flags, request.options, name=request.name)
     except BaseException:

@@ -54,7 +54,7 @@ def unit_sizes(node: Node) -> tuple[int, int] | None:
     if node.driver == "raw":
         return unit_sizes(chain.skip_filters(node.children["file"].node))
     if node.kind == "protocol":
-        return (0, 0) if node.driver in ("file", "host_device") else None
+        return (0, 0) if node.driver in ("file", "host_device", "host_cdrom") else None
     cluster: int = getattr(node, "cluster_size", 0)
     # The state of a machine lies behind the last mapping table that the disk needs.
     span: int = getattr(node, "table_span", 0)
