@@ -129,11 +129,11 @@ class Bitmap:
         :raises NotSupported: it is inconsistent, or cannot be changed here
         """
         if self.busy and not busy:
-            raise Busy(f"bitmap {self.name!r} is currently in use by another operation and cannot be used")
+            raise Busy(f"Bitmap {self.name!r} is currently in use by another operation and cannot be used")
         if self.read_only and not read_only:
-            raise NotSupported(f"bitmap {self.name!r} is readonly and cannot be modified")
+            raise NotSupported(f"Bitmap {self.name!r} is readonly and cannot be modified")
         if self.inconsistent and not inconsistent:
-            raise NotSupported(f"bitmap {self.name!r} is inconsistent and cannot be used", hint="remove it")
+            raise NotSupported(f"Bitmap {self.name!r} is inconsistent and cannot be used", hint="remove it")
 
     # -- marking ----------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class Bitmap:
         self.check(read_only=True)
         with self._lock:
             if self._busy or self._successor is not None:
-                raise Busy(f"bitmap {self.name!r} is currently in use by another operation and cannot be used")
+                raise Busy(f"Bitmap {self.name!r} is currently in use by another operation and cannot be used")
             self._busy = True
 
     def vacate(self) -> None:
@@ -282,7 +282,7 @@ class Bitmap:
         successor = Bitmap(self._size, self.granularity, enabled=self._enabled)
         with self._lock:
             if self._busy or self._successor is not None:
-                raise Busy(f"bitmap {self.name!r} is currently in use by another operation and cannot be used")
+                raise Busy(f"Bitmap {self.name!r} is currently in use by another operation and cannot be used")
             self._successor = successor
 
     def abdicate(self) -> None:
@@ -322,7 +322,7 @@ class Bitmap:
         source.check(read_only=True)
         if source.size != self._size:
             raise InvalidArgument(
-                f"bitmaps are of different sizes (destination size is {self._size}, source size is {source.size}) "
+                f"Bitmaps are of different sizes (destination size is {self._size}, source size is {source.size}) "
                 "and can't be merged"
             )
         if source is not self:

@@ -69,8 +69,8 @@ def run(arguments: list[str]) -> int:
         raise common.UsageError("must specify the input and the output image file name")
     if given.last("snapshot"):
         raise NotSupported("converting an internal snapshot (-l) is not supported yet")
-    if given.has("bitmaps"):
-        raise NotSupported("copying persistent bitmaps (--bitmaps) is not supported yet")
+    if given.has("bitmaps") and len(given.positional) > 2:
+        raise InvalidArgument("copying bitmaps is only possible with a single source")
     mode = mode_for(given.has("progress"), given.last("progress-kind"), given.has("quiet"))
     rate = common.size_argument(given.last("rate"), "rate limit") if given.has("rate") else 0
     _check_cache(given.last("cache", "unsafe"), "cache")
@@ -80,6 +80,10 @@ def run(arguments: list[str]) -> int:
         for name in given.positional[:-1]:
             sources.append(common.open_image(name, given, format=given.last("format"),
                                              cache=given.last("source-cache", "writeback")))  # fmt: skip
+        if given.has("bitmaps"):
+            from ..jobs.convert import check_bitmaps
+
+            check_bitmaps(sources[0], skip_broken=given.has("skip-broken"))
         _Conversion(given, options, settings, sources, mode, rate).run()
     finally:
         for image in reversed(sources):
@@ -257,9 +261,12 @@ class _Conversion:
         )
 
     def _copy(self, over_backing: bool) -> None:
-        from ..jobs.convert import ConvertJob
+        from ..jobs.convert import ConvertJob, check_bitmap_target, copy_bitmaps
 
+        bitmaps = self.given.has("bitmaps")
         with self._open_target() as target:
+            if bitmaps:
+                check_bitmap_target(target)
             job = ConvertJob(
                 self.sources,
                 target,
@@ -273,6 +280,8 @@ class _Conversion:
             try:
                 with Display(job.control, "convert", self.mode):
                     job.execute()
+                if bitmaps:
+                    copy_bitmaps(self.sources[0], target, common.warn)
             except BaseException:
                 if not self.new:
                     common.warn(f"{self.output} is only partly overwritten")

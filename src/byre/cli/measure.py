@@ -134,25 +134,21 @@ def _data_spans(source: Image) -> Iterator[tuple[int, int]]:
 
 
 def _bitmap_bytes(source: Image, cluster_size: int) -> int | None:
-    """What copies of the source's bitmaps would take; ``None`` where it cannot have any (specification, "Bitmaps")."""
-    from ..formats.abilities import HasFormatInfo
+    """What copies of the source's bitmaps would take; ``None`` where it cannot have any (specification, "Bitmaps").
 
-    node = source.node
-    if node.driver != "qcow2" or not isinstance(node, HasFormatInfo):
-        return None
-    about = node.format_info()
-    if about["compat"] == "0.10":
+    Each is counted as if all its clusters were there; inconsistent ones as well, as the peer does.
+    """
+    from ..formats.abilities import HasBitmaps
+
+    store = source.node.bitmap_store() if isinstance(source.node, HasBitmaps) else None
+    if store is None or not store.can_persist:
         return None
     total = directory = 0
-    bitmaps = about.get("bitmaps", [])
-    assert isinstance(bitmaps, list)
-    for bitmap in bitmaps:
-        if "in-use" in bitmap["flags"]:
-            continue  # inconsistent, so it is not copied
-        bits = -(-source.size // bitmap["granularity"])
+    for name, granularity, _ in store.entries():
+        bits = -(-source.size // granularity)
         clusters = -(-bits // (8 * cluster_size))
         total += clusters * cluster_size + align_up(clusters * 8, cluster_size)
-        directory += align_up(24 + len(bitmap["name"].encode()), 8)
+        directory += align_up(24 + len(name.encode("utf-8", "surrogateescape")), 8)
     return total + align_up(directory, cluster_size)
 
 

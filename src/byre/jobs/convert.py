@@ -10,7 +10,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import Busy, ByreError, InvalidArgument
+from ..errors import Busy, ByreError, InvalidArgument, NotSupported
+from ..formats.abilities import HasBitmaps
 from ..graph import chain
 from ..graph.opening import has_protocol, resolve_backing
 from ..io.extent import COMPRESSED, DATA, UNALLOCATED
@@ -21,16 +22,26 @@ from .job import Job
 from .stride import Stride
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..formats.abilities import BitmapStore
     from ..graph.node import Node
     from ..image import Image
     from .job import Control
 
-__all__ = ["ConvertJob", "Layout", "MadeFiles", "check_not_source", "plan"]
+__all__ = [
+    "ConvertJob",
+    "Layout",
+    "MadeFiles",
+    "check_bitmap_target",
+    "check_bitmaps",
+    "check_not_source",
+    "copy_bitmaps",
+    "plan",
+]
 
 _SKIP: Final = 2
 
@@ -260,3 +271,52 @@ class MadeFiles:
             except OSError:
                 left = path
         return f"{left} was left behind incomplete" if left else ""
+
+
+# -- bitmaps --------------------------------------------------------------------------------------
+
+
+def check_bitmaps(source: Image, *, skip_broken: bool = False) -> None:
+    """:raises NotSupported: the source has no persistent bitmaps, or one that cannot be copied"""
+    for name, _, inconsistent in _store_of(source, "Source lacks bitmap support").entries():
+        if inconsistent and not skip_broken:
+            raise NotSupported(f"Cannot copy inconsistent bitmap '{name}'",
+                               hint="try --skip-broken-bitmaps, or delete it with bitmap --remove")  # fmt: skip
+
+
+def check_bitmap_target(target: Image) -> None:
+    """:raises NotSupported: it cannot keep bitmaps"""
+    _store_of(target, f"Format driver '{target.format}' does not support bitmaps")
+
+
+def copy_bitmaps(source: Image, target: Image, warn: Callable[[str], None]) -> None:
+    """Copy the persistent bitmaps of ``source``, with their granularity and whether they are enabled.
+
+    :param warn: told of those that are left out because they are inconsistent
+    """
+    into = _store_of(target, "")
+    for bitmap in _store_of(source, "").all():
+        if not bitmap.persistent:
+            continue
+        if bitmap.inconsistent:
+            warn(f"Skipping inconsistent bitmap '{bitmap.name}'")
+            continue
+        try:
+            made = into.add(bitmap.name, bitmap.granularity, enabled=bitmap.enabled)
+        except ByreError as error:
+            error.message = f"Failed to create bitmap {bitmap.name}: {error.message}"
+            raise
+        try:
+            made.merge(bitmap)
+        except ByreError as error:
+            into.remove(bitmap.name)
+            error.message = f"Failed to populate bitmap {bitmap.name}: {error.message}"
+            raise
+
+
+def _store_of(image: Image, refusal: str) -> BitmapStore:
+    node = image.node
+    store = node.bitmap_store() if isinstance(node, HasBitmaps) else None
+    if store is None or not store.can_persist:
+        raise NotSupported(refusal)
+    return store

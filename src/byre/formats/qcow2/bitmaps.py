@@ -208,7 +208,7 @@ class StoredBitmaps:
             if len(layout.encode_bitmap_directory([*kept, named])) > MAX_BITMAP_DIRECTORY:
                 reason = "Not enough space in the bitmap directory"
         if reason:
-            raise NotSupported(f"Can't make bitmap '{name}' persistent in '{node.name}': {reason}")
+            raise NotSupported(f"Can't make bitmap '{name}' persistent in '{node.filename}': {reason}")
 
     def remove(self, name: str) -> None:
         """Forget a bitmap, in memory and, durably, on disk.
