@@ -21,7 +21,7 @@ HOLE = -2
 
 
 class Toy(FormatNode):
-    """A table of clusters: guest index -> host offset, or ``HOLE`` for zeroes. Looks up and reserves a little at a time."""
+    """A table of clusters: guest index -> host offset, or ``HOLE`` for zeroes."""
 
     driver = "toy"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
 
@@ -60,7 +61,7 @@ def test_runs_of_pages(pages: set[int], length: int) -> None:
     covered = {at for start, end in runs for at in range(start, end)} if length < 3 * PAGE else None
     if covered is not None:
         assert covered == {at for page in pages for at in range(page * PAGE, min((page + 1) * PAGE, length))}
-    assert all(one[1] < other[0] for one, other in zip(runs, runs[1:], strict=False))
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(runs))
 
 
 def test_only_changed_pages_are_written() -> None:

@@ -116,6 +116,8 @@ class ExtentMap:
     def clip(self, offset: int, length: int) -> ExtentMap:
         """Only what lies in the range, cut at its ends. COMPRESSED hosts stay as they are."""
         end = offset + length
+        if length <= 0:
+            return ExtentMap.from_extents([])
         if not len(self) or (int(self.offset[0]) >= offset and self.end <= end):
             return self
         first = int(np.searchsorted(self.offset + self.length, offset, "right"))

@@ -179,7 +179,7 @@ def test_metadata_is_not_given_away() -> None:
 def test_the_format_ends() -> None:
     plain = Plain(16, cluster_bits=9)
     plain.refcounts._hint = (1 << 47) - 1
-    with pytest.raises(NoSpace, match="2\\^56"):
+    with pytest.raises(NoSpace, match=r"2\^56"):
         plain.refcounts.allocate(2)
     plain.refcounts._hint = 1 << 40
     with pytest.raises(NoSpace, match="8 MiB"):
