@@ -50,6 +50,8 @@ CATALOG: tuple[Driver, ...] = (
     Driver("raw", "format", "byre.formats.raw", "bytes as they are", abilities="rwc"),
     Driver("qcow2", "format", "byre.formats.qcow2", "QEMU copy-on-write, versions 2 and 3",
            (((0, b"QFI\xfb\0\0\0\2"),), ((0, b"QFI\xfb\0\0\0\3"),)), abilities="rwc"),
+    Driver("luks", "format", "byre.formats.luks", "encrypted volume, LUKS version 1 (version 2 read-only)",
+           (((0, b"LUKS\xba\xbe\0\1"),), ((0, b"LUKS\xba\xbe\0\2"),)), abilities="rwc"),
     Driver("blkdebug", "filter", "byre.filters.faults", "fails chosen requests", abilities="rw", prefix="blkdebug"),
     Driver("blkverify", "filter", "byre.filters.verify", "compares two children on every read", abilities="rw",
            prefix="blkverify"),

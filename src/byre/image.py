@@ -19,11 +19,16 @@ from .options import Option, convert
 from .typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
+    from typing import TypeVar
 
+    from .crypto.secrets import SecretProvider
+    from .formats.abilities import HasSnapshots, SnapshotEntry
     from .graph.child import Child
     from .io.extentmap import ExtentMap
+
+    _T = TypeVar("_T")
 
 __all__ = ["CACHE_MODES", "Image", "cache_flags", "open"]
 
@@ -65,6 +70,7 @@ def open(
     resizable: bool = False,
     policy: Policy | None = None,
     graph: Graph | None = None,
+    secrets: SecretProvider | None = None,
 ) -> Image:
     """Open an image and its backing chain.
 
@@ -82,6 +88,7 @@ def open(
     :param exclusive: no other user of the same node or file may write meanwhile
     :param resizable: ask for the permission to resize now, not at the first resize
     :param policy: which files the image may name; the default allows plain files
+    :param secrets: keys by the ids that options such as ``key-secret`` name: a mapping, or a function of the id
     :raises ByreError: as the drivers say; nothing stays open then
     """
     direct, no_flush, writethrough = cache_flags(cache)
@@ -101,7 +108,7 @@ def open(
         check=check,
     )
     graph = graph or Graph()
-    opener = Opener(graph, policy or Policy())
+    opener = Opener(graph, policy or Policy(), secrets)
     spec: object = target if isinstance(target, str) else dict(target)
     if isinstance(spec, dict):
         writeback = _pop_writeback(spec)
@@ -325,6 +332,42 @@ class Image:
             self._request(Stats.WRITE, 0, lambda: self.node.resize(size, preallocation=preallocation))
         finally:
             self.graph.set_image_permissions(self._root, before, self._root.shared)
+
+    # -- internal snapshots -----------------------------------------------------------------------
+
+    def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotEntry:
+        """Keep the disk as it is now inside the image.
+
+        :raises NotSupported: the format has no internal snapshots
+        """
+        return self._alone(lambda holder: holder.create_snapshot(name, icount=icount))
+
+    def apply_snapshot(self, name: str) -> None:
+        """The disk becomes what it was when snapshot ``name`` (or id) was taken, in content and size."""
+        self._alone(lambda holder: holder.apply_snapshot(name))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete the snapshot with this name, else with this id."""
+        self._alone(lambda holder: holder.delete_snapshot(name))
+
+    def _alone(self, action: Callable[[HasSnapshots], _T]) -> _T:
+        """Change snapshots while no handle in the graph has a request under way."""
+        from .formats.abilities import snapshot_holder
+
+        holder = snapshot_holder(self.node)
+        if holder is None:
+            raise NotSupported(f"driver {self.node.driver!r} has no internal snapshots", where=self.filename)
+        if self.read_only:
+            raise ReadOnly("cannot change snapshots: the image is open read-only", where=self.filename)
+        with self.graph.lock:
+            images = list(self.graph.images)
+        for image in images:
+            image.pause()
+        try:
+            return action(holder)
+        finally:
+            for image in images:
+                image.resume()
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -11,14 +11,15 @@ import os
 import sys
 from contextvars import ContextVar
 
-from ..errors import ByreError, InvalidArgument, NotSupported, printable
+from ..errors import ByreError, InvalidArgument, printable
 from ..options import parse_keyval, unflatten
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 from ..units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from ..crypto.secrets import Secret
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
@@ -37,7 +38,6 @@ __all__ = [
     "BadNumber",
     "Given",
     "HelpRequested",
-    "Secret",
     "Switch",
     "UsageError",
     "as_peer",
@@ -165,8 +165,13 @@ class Given:
 
         :raises ByreError: a malformed definition, or another type of object
         """
+        texts = self.all("object")
+        if not texts:
+            return {}
+        from ..crypto.secrets import Secret
+
         found: dict[str, Secret] = {}
-        for text in self.all("object"):
+        for text in texts:
             secret = Secret.parse(text)
             if secret.id in found:
                 raise InvalidArgument(f"object {printable(secret.id)!r} is defined twice")
@@ -200,8 +205,23 @@ def parse(table: Sequence[Switch], arguments: Sequence[str]) -> Given:
     given = Given(ordered, positional)
     if given.has("help"):
         raise HelpRequested
-    given.secrets()
+    _hide_secrets(given)
     return given
+
+
+def _hide_secrets(given: Given) -> None:
+    """Secrets written on the command line are taken out of what the system shows of it, and out of core dumps."""
+    exposed = [
+        text for text, secret in zip(given.all("object"), given.secrets().values(), strict=True) if secret.exposed
+    ]
+    if not exposed:
+        return
+    from ..crypto.secrets import hide_arguments, protect_memory
+
+    hide_arguments(exposed)
+    protect_memory()
+    if not as_peer():
+        warn("data= shows a secret to everyone who lists processes as this one starts; use file=PATH or file=env:NAME")
 
 
 def _long_option(switches: Sequence[Switch], word: str, rest: list[str]) -> tuple[str, str]:
@@ -278,47 +298,6 @@ def size_argument(text: str, what: str, *, least: int = 0, most: int = MAX_SIZE)
     return size
 
 
-# -- secrets --------------------------------------------------------------------------------------
-
-
-class Secret:
-    """A ``--object secret,...`` definition. Its ``repr`` says nothing, so that no message shows it."""
-
-    __slots__ = ("id", "properties")
-
-    _PROPERTIES = ("id", "data", "file", "format", "keyid", "iv")
-
-    def __init__(self, properties: dict[str, str]) -> None:
-        self.id = properties["id"]
-        self.properties = properties
-
-    def __repr__(self) -> str:
-        return "Secret(...)"
-
-    @classmethod
-    def parse(cls, text: str) -> Secret:
-        """:raises ByreError: malformed, or another type of object; the message never shows a value"""
-        if text.startswith("{"):
-            from ..options import flatten, parse_json
-
-            properties = {key: str(value) for key, value in flatten(parse_json(text, "object")).items()}
-        else:
-            properties = parse_keyval(text, implied="qom-type")
-        kind = properties.pop("qom-type", "")
-        if kind != "secret":
-            raise NotSupported(f"objects of type {printable(kind)!r} are not supported; only 'secret' is")
-        if not properties.get("id"):
-            raise InvalidArgument("a secret needs an id")
-        for key in properties:
-            if key not in cls._PROPERTIES:
-                raise InvalidArgument(f"a secret has no property {printable(key)!r}")
-        if ("data" in properties) == ("file" in properties):
-            raise InvalidArgument(f"secret {printable(properties['id'])!r} needs either 'data' or 'file'")
-        if properties.get("format", "raw") not in ("raw", "base64"):
-            raise InvalidArgument(f"secret {printable(properties['id'])!r}: format must be 'raw' or 'base64'")
-        return cls(properties)
-
-
 # -- opening --------------------------------------------------------------------------------------
 
 
@@ -360,11 +339,13 @@ def open_image(
     detect_zeroes: str = "off",
     policy_override: Policy | None = None,
     graph: Graph | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Image:
     """Open what the user named, as the shared options say, and print the warnings of opening it.
 
     :param format: the driver; "" probes
     :param image_opts: ``name`` is key=value,...; by default whether ``--image-opts`` was given
+    :param options: of the driver ``format``
     :param force_share: by default whether ``-U`` was given
     :raises ByreError: with the name in ``where``
     """
@@ -382,6 +363,8 @@ def open_image(
         target = image_options(name)
         if force_share and target.get("force-share", "on") != "on":
             raise UsageError("--force-share/-U conflicts with the image options")
+    if options:
+        target, format = unflatten({"driver": format, "filename": name, **options}), ""
     graph = graph or Graph()
     try:
         image = open_target(
@@ -399,6 +382,7 @@ def open_image(
             resizable=resizable,
             policy=policy(given) if policy_override is None else policy_override,
             graph=graph,
+            secrets=given.secrets(),
         )
     except ByreError as error:
         error.where = error.where or name

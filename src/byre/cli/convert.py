@@ -26,7 +26,7 @@ _TABLE: Final = (
     common.Switch("options", "o", "target-format-options", "KEY=VALUE,...", "creation options; -o help lists them"),
     common.Switch("backing-file", "B", "backing", "FILENAME", "the output becomes an overlay of this file"),
     common.Switch("backing-format", "F", "backing-format", "FMT", "format of the backing file"),
-    common.Switch("snapshot", "l", "snapshot", "SNAPSHOT", "convert an internal snapshot"),
+    common.Switch("snapshot", "l", "snapshot", "SNAPSHOT", "convert an internal snapshot (below)"),
     common.Switch("sparse", "S", "sparse-size", "SIZE", "zeroes this long become holes (4k); 0 writes everything"),
     common.Switch("no-create", "n", "no-create", "", "the output exists: fill it"),
     common.Switch("target-is-zero", "", "target-is-zero", "", "the existing output reads as zeroes"),
@@ -51,7 +51,8 @@ HELP: Final = f"""\
 usage: byre convert [OPTIONS] FILENAME... OUTPUT_FILENAME
 Copy an image, or several one behind the other, into OUTPUT_FILENAME.
 
-{common.option_help(_TABLE)}"""
+{common.option_help(_TABLE)}
+SNAPSHOT is an id or a name, or snapshot.id=ID,snapshot.name=NAME."""
 
 MAX_SPARSE: Final = 16 << 20
 MAX_PARALLEL: Final = 16
@@ -67,8 +68,8 @@ def run(arguments: list[str]) -> int:
     settings = _settings(given)
     if len(given.positional) < 2:
         raise common.UsageError("must specify the input and the output image file name")
-    if given.last("snapshot"):
-        raise NotSupported("converting an internal snapshot (-l) is not supported yet")
+    if given.has("snapshot") and len(given.positional) > 2:
+        raise InvalidArgument("a snapshot cannot be concatenated with other images")
     if given.has("bitmaps") and len(given.positional) > 2:
         raise InvalidArgument("copying bitmaps is only possible with a single source")
     mode = mode_for(given.has("progress"), given.last("progress-kind"), given.has("quiet"))
@@ -80,6 +81,10 @@ def run(arguments: list[str]) -> int:
         for name in given.positional[:-1]:
             sources.append(common.open_image(name, given, format=given.last("format"),
                                              cache=given.last("source-cache", "writeback")))  # fmt: skip
+        if given.has("snapshot"):
+            from .snapshot import load_snapshot
+
+            load_snapshot(sources[0], given.last("snapshot"))
         if given.has("bitmaps"):
             from ..jobs.convert import check_bitmaps
 
@@ -236,7 +241,7 @@ class _Conversion:
 
         try:
             create(self.output, self.format, options={**self.options, "size": self.size},
-                   policy=Policy(allow_references=True))  # fmt: skip
+                   policy=Policy(allow_references=True), secrets=self.given.secrets())  # fmt: skip
         except ByreError as error:
             error.message = f"error while converting to {driver(self.format).name}: {error.message}"
             error.where = error.where or self.output
@@ -258,6 +263,8 @@ class _Conversion:
             discard="unmap" if self.settings.sparse else "ignore",
             # The user named all files of a target that was just made.
             policy_override=Policy(allow_references=True) if self.new else None,
+            # What was just encrypted is opened with the same key.
+            options={key: value for key, value in self.options.items() if key.endswith("key-secret")},
         )
 
     def _copy(self, over_backing: bool) -> None:

@@ -15,10 +15,12 @@ from . import common
 from .output import human_size, ordered, print_json, print_structure
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..graph.node import Node
     from ..image import Image
 
-__all__ = ["HELP", "describe", "run"]
+__all__ = ["HELP", "describe", "run", "snapshot_lines", "snapshot_rows"]
 
 _TABLE: Final = (
     common.FORMAT,
@@ -148,12 +150,12 @@ def describe(node: Node) -> dict[str, object]:
         "virtual-size": node.size,
         "filename": node.filename,
         "format": node.driver,
-        "snapshots": _snapshots(node),
+        "snapshots": snapshot_rows(node) or None,
     }
     occupied = node.allocated_size()
     if occupied >= 0:
         values["actual-size"] = occupied
-    if node.kind == "format" and node.driver != "raw":
+    if node.kind == "format" and node.driver not in ("raw", "luks"):
         values["cluster-size"] = getattr(node, "cluster_size", None) or None
     if getattr(node, "cipher", None) is not None or getattr(node, "encrypted", False):
         values["encrypted"] = True
@@ -196,10 +198,11 @@ def _format_specific(node: Node) -> dict[str, object] | None:
     return {"type": node.driver, "data": node.format_info()}
 
 
-def _snapshots(node: Node) -> list[dict[str, object]] | None:
-    rows: list[dict[str, object]] = []
+def snapshot_rows(node: object) -> list[dict[str, Any]]:
+    """The internal snapshots of ``node`` as ``info --output json`` has them."""
+    rows: list[dict[str, Any]] = []
     for snapshot in getattr(node, "snapshots", ()):
-        row: dict[str, object] = {
+        row: dict[str, Any] = {
             "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
             "name": snapshot.name,
             "date-sec": snapshot.date_sec,
@@ -209,7 +212,7 @@ def _snapshots(node: Node) -> list[dict[str, object]] | None:
             "vm-state-size": snapshot.vm_state_size,
         }
         rows.append(row if snapshot.icount is None else {"icount": snapshot.icount, **row})
-    return rows or None
+    return rows
 
 
 # -- printing -------------------------------------------------------------------------------------
@@ -229,7 +232,9 @@ def _print_node(info: dict[str, object], depth: int, path: str) -> None:
     if info.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     lines += _backing_lines(info)
-    lines += _snapshot_lines(info)
+    snapshots = info.get("snapshots")
+    if isinstance(snapshots, list):
+        lines += snapshot_lines(snapshots)
     sys.stdout.write("".join(f"{indent}{line}\n" for line in lines))
     specific = info.get("format-specific")
     if isinstance(specific, dict) and specific["data"]:
@@ -266,10 +271,8 @@ def _backing_lines(info: dict[str, object]) -> list[str]:
     return [line] if format_name is None else [line, f"backing file format: {printable(str(format_name))}"]
 
 
-def _snapshot_lines(info: dict[str, object]) -> list[str]:
-    snapshots = info.get("snapshots")
-    if not isinstance(snapshots, list):
-        return []
+def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+    """The table of internal snapshots, as text."""
     lines = ["Snapshot list:", f"{'ID':<7} {'TAG':<16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}"]
     for row in snapshots:
         clock = row["vm-clock-sec"]

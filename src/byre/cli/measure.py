@@ -25,7 +25,7 @@ _TABLE: Final = (
     common.Switch("target-format", "O", "", "FMT", "format of the new image; raw if it is not given"),
     common.Switch("options", "o", "", "KEY=VALUE,...", "options of the new image"),
     common.Switch("size", "", "size", "SIZE", "measure an empty image of this size"),
-    common.Switch("snapshot", "l", "", "SNAPSHOT", "measure an internal snapshot (not supported yet)"),
+    common.Switch("snapshot", "l", "", "SNAPSHOT", "measure an internal snapshot"),
     common.IMAGE_OPTS,
     common.OBJECT,
     common.OUTPUT,
@@ -56,8 +56,6 @@ def run(arguments: list[str]) -> int:
     as_json = common.output_format(given) == "json"
     size = common.size_argument(given.last("size"), "image size") if given.has("size") else None
     _check_usage(given)
-    if given.has("snapshot"):
-        raise NotSupported("internal snapshots cannot be measured yet")
     target = given.last("target-format", "raw")
     declared = declared_options(target)
     options = common.create_options(given.all("options"))
@@ -69,6 +67,10 @@ def run(arguments: list[str]) -> int:
     values = _values(target, declared, options)
     if given.positional:
         with common.open_image(given.positional[0], given, format=given.last("format")) as image:
+            if given.has("snapshot"):
+                from .snapshot import load_snapshot
+
+                load_snapshot(image, given.last("snapshot"))
             sizes = _measure(target, values, image)
     else:
         sizes = _measure(target, values, None)
@@ -111,7 +113,7 @@ def _measure(target: str, values: OptionValues, source: Image | None) -> _Sizes:
     data = 0
     if source is None:
         values.given.pop("backing_file", None)
-    elif "backing_file" not in values:
+    elif "cluster_size" in declared_options(target) and "backing_file" not in values:
         from ..formats.qcow2.measurement import touched_bytes
 
         data = touched_bytes(_data_spans(source), values.number("cluster_size"))

@@ -70,6 +70,11 @@ class Secret:
             raise InvalidArgument(f"secret {shown!r} needs both 'keyid' and 'iv', or neither")
         return cls(properties)
 
+    @property
+    def exposed(self) -> bool:
+        """Whether the definition itself holds the secret."""
+        return "data" in self.properties
+
     def load(self, provider: SecretProvider | None = None, depth: int = 0) -> bytes:
         """The bytes.
 

@@ -49,9 +49,14 @@ class Placement(NamedTuple):
 
 
 class Cipher(Protocol):
-    """Encrypts in place; ``sector`` is ``position // 512`` where the format says guest or host position."""
+    """Encrypts whole sectors in place. Thread-safe.
+
+    :ivar by_host: ``position`` is the host offset, not that on the disk
+    :ivar sector_size: a power of two; the engine asks for whole sectors only
+    """
 
     by_host: bool
+    sector_size: int
 
     def encrypt(self, position: int, buffer: bytearray | memoryview) -> None: ...
     def decrypt(self, position: int, buffer: bytearray | memoryview) -> None: ...
@@ -84,6 +89,8 @@ class FormatNode(Node):
         self.pass_discard = True
         self.sources: tuple[Child, ...] = ()
         self.cipher: Cipher | None = None
+        #: Requests are widened to multiples of this plus one, in :mod:`byre.io.sectors`; 0 without a cipher.
+        self.sector_mask = 0
         self.failure: BaseException | None = None
         #: Tells a fault filter below what is about to happen; ``None`` where there is none.
         self.report: Callable[[str], None] | None = None
@@ -99,6 +106,11 @@ class FormatNode(Node):
     @property
     def backing(self) -> Child | None:
         return self.children.get("backing")
+
+    def use_cipher(self, cipher: Cipher | None) -> None:
+        """Encrypt what is in DATA extents from now on; called while no request is under way."""
+        self.cipher = cipher
+        self.sector_mask = cipher.sector_size - 1 if cipher is not None else 0
 
     # -- hooks ------------------------------------------------------------------------------------
 

@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Final
 
+    from ..crypto.secrets import SecretProvider
     from .graph import Graph
 
-__all__ = ["CHAIN_LIMIT", "COMMON_OPTIONS", "FLAG_FIELDS", "OpenFlags", "OpenRequest", "Opener", "Policy", "parse_filename"]
+__all__ = [
+    "CHAIN_LIMIT",
+    "COMMON_OPTIONS",
+    "FLAG_FIELDS",
+    "OpenFlags",
+    "OpenRequest",
+    "Opener",
+    "Policy",
+    "parse_filename",
+]
 
 CHAIN_LIMIT: Final = 200
 
@@ -68,12 +78,14 @@ class Policy(NamedTuple):
     :ivar mode: "allow", "deny", or "below" the given ``folders``
     :ivar allow_references: ``json:`` and protocol names as backing files
     :ivar max_size: largest virtual size accepted, bytes; 0 for the format's own limit
+    :ivar max_iterations: of key derivation, that the header of an encrypted image may ask for
     """
 
     mode: str = "allow"
     folders: tuple[str, ...] = ()
     allow_references: bool = False
     max_size: int = 0
+    max_iterations: int = 100_000_000
 
     @classmethod
     def untrusted(cls, max_size: int = 16 << 40) -> Policy:
@@ -169,11 +181,13 @@ class OpenRequest:
         self.implicit = implicit
         self._file = file
 
-    def open_child(self, name: str, *, default: object = None, flags: OpenFlags | None = None) -> Node:
+    def open_child(self, name: str, *, default: object = None, flags: OpenFlags | None = None,
+                   plain: bool = False) -> Node:  # fmt: skip
         """The node for child ``name``, as options or a node name given by the user, else ``default``.
 
         It is not attached yet: the new node calls ``request.opener.graph.attach(node, name, child, role)``.
 
+        :param plain: it holds bytes, not an image: no format is looked for (always so for a format's "file")
         :raises InvalidArgument: the child is required and was not given
         """
         if name == "file" and self._file is not None:
@@ -181,18 +195,23 @@ class OpenRequest:
         spec = self.children.get(name, default)
         if spec is None:
             raise InvalidArgument(f"driver {self.row.name!r} needs a child {name!r}")
-        return self.opener.open(spec, flags or self.flags.for_file(), protocol=name == "file" and self.row.kind == "format")
+        plain = plain or (name == "file" and self.row.kind == "format")
+        return self.opener.open(spec, flags or self.flags.for_file(), protocol=plain)
 
     def has_child(self, name: str) -> bool:
         return self.children.get(name) is not None
 
 
 class Opener:
-    """Opens nodes into one graph; if anything fails, all it opened is closed again."""
+    """Opens nodes into one graph; if anything fails, all it opened is closed again.
 
-    def __init__(self, graph: Graph, policy: Policy) -> None:
+    :ivar secrets: where drivers look for the keys that their options name
+    """
+
+    def __init__(self, graph: Graph, policy: Policy, secrets: SecretProvider | None = None) -> None:
         self.graph = graph
         self.policy = policy
+        self.secrets = secrets
         self._created: list[Node] = []
 
     def open_chain(self, spec: object, flags: OpenFlags, *, driver_name: str = "") -> Node:
@@ -253,7 +272,10 @@ class Opener:
         if isinstance(given.get("driver"), str):
             row = driver(str(given["driver"]))
             if row.prefix and isinstance(filename, str) and filename.startswith(f"{row.prefix}:"):
-                given = {**{key: value for key, value in given.items() if key != "filename"}, **parse_filename(filename)}
+                given = {
+                    **{key: value for key, value in given.items() if key != "filename"},
+                    **parse_filename(filename),
+                }
             if row.kind == "format" and "file" not in given and isinstance(filename, str):
                 given = {key: value for key, value in given.items() if key != "filename"}
                 given["file"] = filename
@@ -394,7 +416,9 @@ class Opener:
             return self.open(extra, flags)
         if not name:
             if extra:
-                raise InvalidArgument("backing options are given, but the image has no backing file", where=node.filename)
+                raise InvalidArgument(
+                    "backing options are given, but the image has no backing file", where=node.filename
+                )
             return None
         path = resolve_backing(node.filename, name)
         where = node.filename
@@ -403,7 +427,9 @@ class Opener:
         if "driver" in extra:
             format_name = str(extra.pop("driver"))
         if not format_name and plain is not None:
-            self.graph.warnings.append(f"{printable(where)}: the format of backing file {printable(name)!r} is not recorded; probing it")
+            self.graph.warnings.append(
+                f"{printable(where)}: the format of backing file {printable(name)!r} is not recorded; probing it"
+            )
         given = {"driver": "file", "filename": path} if plain is not None else parse_filename(path)
         try:
             if format_name:

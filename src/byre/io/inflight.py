@@ -26,11 +26,12 @@ class InFlight:
     Guarded by: the node's lock, handed to the constructor; every method is called with it held.
     """
 
-    __slots__ = ("_claims", "_deferred", "_next", "_out", "changed")
+    __slots__ = ("_claims", "_deferred", "_held", "_next", "_out", "changed")
 
     def __init__(self, lock: threading.Lock) -> None:
         self.changed = threading.Condition(lock)
         self._claims: list[tuple[int, int]] = []
+        self._held: dict[int, tuple[int, int]] = {}
         self._next = 0
         self._out: set[int] = set()
         self._deferred: deque[tuple[int, Callable[[], None]]] = deque()
@@ -38,7 +39,14 @@ class InFlight:
     # -- claims -----------------------------------------------------------------------------------
 
     def overlaps(self, start: int, end: int) -> bool:
+        if self._held and self._holds(start, end):
+            return False
         return any(first < end and start < last for first, last in self._claims)
+
+    def _holds(self, start: int, end: int) -> bool:
+        """Whether this thread holds the range: nobody else can have come into it since."""
+        first, last = self._held.get(threading.get_ident(), (0, 0))
+        return first <= start and end <= last
 
     def wait_clear(self, start: int, end: int) -> bool:
         """Wait until nothing in ``[start, end)`` is claimed; True if it had to wait (state may have changed)."""
@@ -53,6 +61,30 @@ class InFlight:
         claim = (start, end)
         self._claims.append(claim)
         return claim
+
+    def hold(self, start: int, end: int) -> None:
+        """Wait until ``[start, end)`` is clear and claim it for several requests of this thread, which pass.
+
+        Nobody else's request is under way in the range when this returns, nor begins before :meth:`let_go`. A thread
+        holds one range at a time.
+        """
+        self.wait_clear(start, end)
+        claim = self.claim(start, end)
+        settled = False
+
+        def settle() -> None:
+            nonlocal settled
+            settled = True
+            self.changed.notify_all()
+
+        self.when_clear(settle)
+        while not settled:
+            self.changed.wait()
+        self._held[threading.get_ident()] = claim
+
+    def let_go(self) -> None:
+        """End this thread's :meth:`hold`."""
+        self.release(self._held.pop(threading.get_ident()))
 
     def release(self, claim: tuple[int, int]) -> None:
         self._claims.remove(claim)

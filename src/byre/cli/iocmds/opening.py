@@ -92,7 +92,7 @@ def open_image(target: str | dict[str, object], format: str, settings: Settings,
     else:
         image = open_target(target, format=format, read_only=settings.read_only, cache=settings.cache,
                             discard=settings.discard, force_share=settings.force_share, policy=policy(given),
-                            graph=graph)  # fmt: skip
+                            graph=graph, secrets=given.secrets())  # fmt: skip
     warn_graph(graph)
     return image
 
@@ -107,7 +107,8 @@ def _open_overlay(
 
     base = unflatten({"driver": format, "file": parse_filename(target)} if format else parse_filename(target)) \
         if isinstance(target, str) else dict(target)  # fmt: skip
-    with open_target(dict(base), policy=policy(given), force_share=settings.force_share) as image:
+    with open_target(dict(base), policy=policy(given), force_share=settings.force_share,
+                     secrets=given.secrets()) as image:  # fmt: skip
         size = image.size
     folder = os.environ.get("TMPDIR") or "/var/tmp"
     try:
@@ -119,7 +120,7 @@ def _open_overlay(
         create(name, "qcow2", size)
         overlay = {"driver": "qcow2", "file": {"driver": "file", "filename": name}, "backing": base}
         return open_target(overlay, read_only=settings.read_only, cache=settings.cache, discard=settings.discard,
-                           policy=policy(given), graph=graph)  # fmt: skip
+                           policy=policy(given), graph=graph, secrets=given.secrets())  # fmt: skip
     finally:
         os.unlink(name)
 

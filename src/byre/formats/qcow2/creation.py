@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 
-from ...errors import InvalidArgument, NotSupported
+from ...errors import InvalidArgument
 from ...typing import TYPE_CHECKING, Final, NamedTuple
 from ...units import format_size
 from . import layout
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     :ivar data_clusters: preallocated guest clusters
     :ivar host_data_clusters: those of them that lie in the image file itself
     :ivar header: complete but for the backing file
+    :ivar crypto: where the encryption header goes, if there is one
     """
 
     header: layout.Header
@@ -50,10 +51,16 @@ class Plan(NamedTuple):
     l2_clusters: int
     data_clusters: int
     host_data_clusters: int
+    crypto_clusters: int = 0
+    crypto: layout.CryptoPointer | None = None
+
+    @property
+    def crypto_start(self) -> int:
+        return 1 + self.refcount_table_clusters + self.refcount_block_clusters + self.l1_clusters
 
     @property
     def l2_start(self) -> int:
-        return 1 + self.refcount_table_clusters + self.refcount_block_clusters + self.l1_clusters
+        return self.crypto_start + self.crypto_clusters
 
     @property
     def clusters(self) -> int:
@@ -130,11 +137,11 @@ def plan(options: OptionValues) -> Plan:
     """What to make of ``options`` (``size`` included).
 
     :raises InvalidArgument: options that contradict each other or the format's limits
-    :raises NotSupported: encryption
+    :raises NotSupported: a cipher that is not supported
     :raises NoSpace: the backing file name does not fit
     """
     cluster_bits, version, order = cluster_bits_of(options), version_of(options), refcount_order_of(options)
-    _check_encryption(options)
+    crypt_method, crypto_length = _encryption(options)
     _check_version_2(options, version)
     preallocation = _check_combinations(options)
     size, extended = options.number("size"), options.flag("extended_l2")
@@ -153,6 +160,7 @@ def plan(options: OptionValues) -> Plan:
         l2_clusters=l1_entries if data_clusters else 0,
         data_clusters=data_clusters,
         host_data_clusters=0 if data_file else data_clusters,
+        crypto_clusters=-(-crypto_length >> cluster_bits),
     )
     table, blocks = table_clusters(result.clusters, cluster_bits, order)
     if (
@@ -166,16 +174,32 @@ def plan(options: OptionValues) -> Plan:
             errno=errno.EFBIG,
         )
     result = result._replace(refcount_table_clusters=table, refcount_block_clusters=blocks)
-    header = _header(options, result, version, cluster_bits, order)
+    if crypto_length:
+        pointer = layout.CryptoPointer(result.crypto_start << cluster_bits, crypto_length)
+        result = result._replace(crypto=pointer, extensions=_with_crypto(result.extensions, pointer))
+    header = _header(options, result, version, cluster_bits, order, crypt_method)
     result = result._replace(header=header)
     layout.header_bytes(header, result.extensions, result.backing_name)
     return result
 
 
-def _check_encryption(options: OptionValues) -> None:
-    wanted = options.flag("encryption") or any(name.startswith("encrypt.") for name in options.given)
-    if wanted:
-        raise NotSupported("creating encrypted qcow2 images is not supported yet")
+def _encryption(options: OptionValues) -> tuple[int, int]:
+    """(method, bytes of the encryption header)."""
+    if not any(name.startswith("encrypt") for name in options.given):
+        return layout.CRYPT_NONE, 0
+    from . import encryption
+
+    encryption.check_secret(options)
+    return encryption.planned_method(options), encryption.planned_size(options)
+
+
+def _with_crypto(
+    extensions: tuple[layout.Extension, ...], pointer: layout.CryptoPointer
+) -> tuple[layout.Extension, ...]:
+    """The pointer to the encryption header, ahead of the feature names, which readers can do without."""
+    own = layout.Extension(layout.EXTENSION_CRYPTO, layout.encode_crypto_pointer(pointer))
+    names = tuple(extension for extension in extensions if extension.type == layout.EXTENSION_FEATURE_NAMES)
+    return (*(extension for extension in extensions if extension not in names), own, *names)
 
 
 def _check_version_2(options: OptionValues, version: int) -> None:
@@ -225,7 +249,8 @@ def _extensions(options: OptionValues, version: int, cluster_bits: int) -> tuple
     return tuple(found)
 
 
-def _header(options: OptionValues, made: Plan, version: int, cluster_bits: int, order: int) -> layout.Header:
+def _header(options: OptionValues, made: Plan, version: int, cluster_bits: int, order: int,
+            crypt_method: int) -> layout.Header:  # fmt: skip
     extended, size = options.flag("extended_l2"), options.number("size")
     kind = layout.COMPRESSION_NAMES.index(options.word("compression_type"))
     l1_entries = layout.l1_entries_needed(size, cluster_bits, extended_l2=extended)
@@ -234,6 +259,7 @@ def _header(options: OptionValues, made: Plan, version: int, cluster_bits: int, 
         version=version,
         cluster_bits=cluster_bits,
         size=size,
+        crypt_method=crypt_method,
         l1_size=l1_entries,
         l1_table_offset=l1_start << cluster_bits if l1_entries else 0,
         refcount_table_offset=1 << cluster_bits,
@@ -272,6 +298,12 @@ def create_qcow2(request: CreateRequest) -> None:
         file.flush()
     _write_refcounts(file, made)
     _write_l1(file, made)
+    if made.header.crypt_method:
+        from .encryption import write_header
+
+        bits = made.header.cluster_bits
+        _write_zeroes(file, made.crypto_start << bits, made.crypto_clusters << bits)
+        write_header(request, made)
     if made.l2_clusters:
         _write_l2(file, made)
     if made.host_data_clusters:

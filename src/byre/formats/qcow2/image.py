@@ -26,12 +26,15 @@ from .snapshot_ability import WithSnapshots
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ...crypto.luks import Volume
+    from ...crypto.luks_slots import SlotChange
     from ...graph.child import Child
     from ...graph.node import Node
     from ...graph.opening import OpenFlags
     from ...io.extentmap import ExtentMap
     from ...jobs.job import Control
     from ...options import OptionValues
+    from ..encryption import NodeArea
 
 __all__ = ["Qcow2Node"]
 
@@ -64,7 +67,11 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         self.pass_discard = flags.unmap
         self.cluster_size = header.cluster_size
         self.zero_unit = 1 << header.subcluster_bits
-        self._size = header.size
+        self.encrypted = bool(header.crypt_method)
+        #: LUKS header and where it lies; ``None`` without one.
+        self.volume: Volume | None = None
+        self.area: NodeArea | None = None
+        self._size = header.disk_size
         self.mapping: Mapping = Mapping(file, header, array("Q"), self.filename, self._relieve, self._free)
         self.table_span = 1 << self.mapping.span_bits
         self.refcounts: Refcounts | None = None
@@ -96,7 +103,8 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
 
     @property
     def has_zero_init(self) -> bool:
-        return True
+        # What was allocated but not written yet decrypts to anything.
+        return not self.encrypted or not any(self.mapping.l1)
 
     def load_tables(self) -> None:
         """Read the L1 table, and the refcount table where the image may be written."""
@@ -180,7 +188,9 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
             cluster = memoryview(bytearray(size))
             self._decompress(data, cluster)
         except ImageError as error:
-            error.message = f"cannot read the compressed cluster at guest offset {extent.offset - skip:#x}: {error.message}"
+            error.message = (
+                f"cannot read the compressed cluster at guest offset {extent.offset - skip:#x}: {error.message}"
+            )
             error.where = error.where or self.filename
             raise
         buffer[:] = cluster[skip : skip + len(buffer)]
@@ -226,7 +236,9 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
             return
         header = self.header
         if header.version >= 3:
-            self.header = header._replace(incompatible_features=header.incompatible_features | layout.INCOMPATIBLE_CORRUPT)
+            self.header = header._replace(
+                incompatible_features=header.incompatible_features | layout.INCOMPATIBLE_CORRUPT
+            )
             try:
                 self.file.write_from(72, memoryview(self.header.incompatible_features.to_bytes(8, "big")))
                 self.file.flush()
@@ -281,6 +293,8 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
     def _check_compressible(self) -> None:
         from ...errors import NotSupported
 
+        if self.encrypted:
+            raise NotSupported("an encrypted image cannot hold compressed clusters", where=self.filename)
         if self.header.has_data_file:
             raise NotSupported(
                 "an image with an external data file cannot hold compressed clusters", where=self.filename
@@ -296,6 +310,10 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         engine.write_compressed(self, offset, payloads)
 
     def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
+        if self.encrypted:
+            from ...errors import NotSupported
+
+            raise NotSupported("an encrypted image cannot hold compressed clusters", where=self.filename)
         self._before_change()
         self._dropping = "other"
         assert self.refcounts is not None
@@ -319,6 +337,8 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
     # -- unmap and free ---------------------------------------------------------------------------
 
     def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
+        if kind == KIND_ZERO and self.header.version < 3 and self.backing_name:
+            return 0  # also where the backing file is not open now: it would show through another time
         self._before_change()
         self._dropping = "request"
         raw_data = self.header.has_data_file and self.header.raw_data_file
@@ -432,6 +452,11 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         from .opening import describe
 
         return describe(self)
+
+    def change_key_slots(self, change: SlotChange, secret: bytes, *, limit: int = 100_000_000) -> None:
+        from .encryption import change_key_slots
+
+        change_key_slots(self, change, secret, limit=limit)
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
         if self.loaded_snapshot is not None and not flags.read_only:

@@ -186,6 +186,11 @@ class Header(NamedTuple):
         return bool(self.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
 
     @property
+    def disk_size(self) -> int:
+        """The virtual size, bytes; an encrypted disk ends with a whole sector."""
+        return self.size - self.size % 512 if self.crypt_method else self.size
+
+    @property
     def has_data_file(self) -> bool:
         return bool(self.incompatible_features & INCOMPATIBLE_DATA_FILE)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...errors import NotSupported
 from ...units import align_up
 from .creation import cluster_bits_of, l1_entries_of, refcount_order_of, table_clusters
 
@@ -28,12 +27,15 @@ def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int | None 
         :func:`touched_bytes`; ``None`` without a source
     :raises InvalidArgument: as creation would refuse
     """
-    if "encrypt.format" in options:
-        raise NotSupported("measuring encrypted qcow2 images is not supported yet")
     bits, order, extended = cluster_bits_of(options), refcount_order_of(options), options.flag("extended_l2")
     l1_entries_of(virtual_size, bits, extended_l2=extended)
     guest = align_up(virtual_size, 1 << bits)
-    full = _full_size(guest, bits, order, extended)
+    header = 0
+    if any(name.startswith("encrypt") for name in options.given):
+        from .encryption import planned_size
+
+        header = align_up(planned_size(options), 1 << bits)
+    full = _full_size(guest, bits, order, extended) + header
     if options.text("preallocation") in ("falloc", "full"):
         data_bytes = guest
     elif data_bytes is not None and options.text("backing_file"):

@@ -46,6 +46,11 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     graph = request.opener.graph
     main = graph.attach(node, "file", file, "metadata" if header.has_data_file else "data")
     node.sources = (main,)
+    encryption = header.crypt_method or request.options.text("encrypt.format")
+    if encryption:
+        from .encryption import unlock
+
+        unlock(request, node)
     if header.has_data_file:
         _attach_data_file(request, node)
     elif request.has_child("data-file"):
@@ -91,12 +96,10 @@ def read_header(
 
 
 def check_usable(header: layout.Header, read_only: bool, no_io: bool, where: str) -> None:
-    """:raises ByreError: the image is corrupt and is to be written, or encrypted and is to be read"""
+    """:raises Corrupt: the image is marked corrupt and is to be written"""
     if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT and not read_only:
         raise Corrupt("the image is marked corrupt; it cannot be opened for writing", where=where,
                       hint='run "byre check -r all"')  # fmt: skip
-    if header.crypt_method and not no_io:
-        raise NotSupported("the image is encrypted, which this release cannot read", where=where)
 
 
 def _attach_data_file(request: OpenRequest, node: Qcow2Node) -> None:
@@ -125,7 +128,7 @@ def reread(node: Qcow2Node) -> None:
     node.header, node.extensions, node.backing_name = read_header(
         node.file, node.filename, repair=node.open_flags.check
     )
-    node._size = node.header.size
+    node._size = node.header.disk_size
     node._snapshots = None
     node.load_tables()
 
@@ -170,7 +173,7 @@ def describe(node: Qcow2Node) -> dict[str, object]:
     result["compression-type"] = node.compression_name
     if header.version == 2:
         result["refcount-bits"] = 16
-        return _with_encryption(result, header)
+        return _with_encryption(result, node)
     result["lazy-refcounts"] = header.lazy_refcounts
     bitmaps = [
         {
@@ -183,6 +186,7 @@ def describe(node: Qcow2Node) -> dict[str, object]:
     if bitmaps:
         result["bitmaps"] = bitmaps
     result["refcount-bits"] = 1 << header.refcount_order
+    _with_encryption(result, node)
     data_file = layout.find_extension(node.extensions, layout.EXTENSION_DATA_FILE)
     if header.has_data_file:
         if data_file:
@@ -190,10 +194,12 @@ def describe(node: Qcow2Node) -> dict[str, object]:
         result["data-file-raw"] = header.raw_data_file
     result["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
     result["extended-l2"] = header.extended_l2
-    return _with_encryption(result, header)
+    return result
 
 
-def _with_encryption(result: dict[str, object], header: layout.Header) -> dict[str, object]:
-    if header.crypt_method:
-        result["encrypt"] = {"format": "aes" if header.crypt_method == layout.CRYPT_AES else "luks"}
+def _with_encryption(result: dict[str, object], node: Qcow2Node) -> dict[str, object]:
+    if node.encrypted:
+        from .encryption import describe as describe_encryption
+
+        result["encrypt"] = describe_encryption(node)
     return result

@@ -1,0 +1,108 @@
+"""What the encrypted formats share: header areas in nodes, creation options to ciphers, new LUKS headers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..crypto import luks
+from ..crypto.hashes import check_hash
+from ..crypto.locked import missing_key
+from ..crypto.secrets import find_secret, find_text_secret
+from ..errors import ImageError
+
+if TYPE_CHECKING:
+    from ..crypto.ciphers import CipherSpec
+    from ..graph.creating import CreateRequest
+    from ..graph.node import Node
+    from ..graph.opening import OpenRequest
+    from ..options import OptionValues
+
+__all__ = ["NodeArea", "creation_secret", "given_secret", "make_volume", "spec_of", "write_volume"]
+
+
+class NodeArea:
+    """A part of a node as a header area (:class:`byre.crypto.luks.Area`).
+
+    :param start: where the area begins in ``node``
+    :param length: what may be read and written; ``None`` for all there is
+    """
+
+    def __init__(self, node: Node, start: int = 0, length: int | None = None) -> None:
+        self._node = node
+        self._start = start
+        self._length = length
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        inside = length if self._length is None else max(0, min(length, self._length - offset))
+        self._node.read_into(self._start + offset, memoryview(data)[:inside])
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        if self._length is not None and offset + len(data) > self._length:
+            raise ImageError(f"the encryption header of {self._length} bytes has no room for {len(data)} bytes at "
+                             f"{offset:#x}", where=self._node.filename)  # fmt: skip
+        self._node.write_from(self._start + offset, memoryview(data))
+
+    def flush(self) -> None:
+        self._node.flush()
+
+
+def given_secret(request: OpenRequest, option: str) -> bytes:
+    """The passphrase that ``option`` names.
+
+    :raises AccessDenied: none is named
+    :raises NotFound: nobody knows it
+    """
+    name = request.options.text(option)
+    if name is None:
+        raise missing_key(option)
+    return find_secret(request.opener.secrets, name)
+
+
+def creation_secret(request: CreateRequest, option: str) -> bytes:
+    """The passphrase that creation option ``option`` names: text, so that every program can be given it.
+
+    :raises AccessDenied: none is named
+    :raises InvalidArgument: it is not valid UTF-8
+    """
+    name = request.options.text(option)
+    if name is None:
+        raise missing_key(option)
+    return find_text_secret(request.secrets, name)
+
+
+def spec_of(options: OptionValues, prefix: str = "") -> CipherSpec:
+    """The cipher that creation options ask for; ``prefix`` is "encrypt." in qcow2.
+
+    :raises ByreError: unknown words, or words that do not go together
+    """
+    names = ("cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg")
+    cipher, mode, generator, iv_hash = (options.text(prefix + name) for name in names)
+    check_hash(options.text(f"{prefix}hash-alg") or "sha256")
+    if iv_hash:
+        check_hash(iv_hash)
+    return luks.new_volume_spec(cipher or "aes-256", mode or "xts", generator or "", iv_hash or "")
+
+
+def make_volume(request: CreateRequest, *, prefix: str = "", detached: bool = False) -> luks.NewVolume:
+    """A new header as the creation options say; ``prefix`` is "encrypt." in qcow2.
+
+    :raises ByreError: a missing secret, or a cipher that is not there
+    """
+    options = request.options
+    time = options.optional_number(f"{prefix}iter-time")
+    return luks.new_volume(
+        spec_of(options, prefix), creation_secret(request, f"{prefix}key-secret"),
+        hash_name=options.text(f"{prefix}hash-alg") or "sha256",
+        iter_time=luks.DEFAULT_ITER_TIME if time is None else time, detached=detached,
+    )  # fmt: skip
+
+
+def write_volume(area: luks.Area, volume: luks.NewVolume) -> None:
+    """The key material, then the header: until then nothing is a LUKS volume."""
+    for offset, data in volume.parts[:-1]:
+        area.write(offset, data)
+    area.flush()
+    area.write(*volume.parts[-1])
+    area.flush()
