@@ -95,8 +95,9 @@ class RawNode(Node):
     @staticmethod
     def _check_slice(file: Node, offset: int, size: int | None) -> None:
         if offset > file.size or (size is not None and offset + size > file.size):
-            raise InvalidArgument(f"the slice at {offset:#x} of {size if size is not None else 'the rest'} bytes "
-                                  f"does not lie within the file of {file.size} bytes", where=file.filename)  # fmt: skip
+            length = "the rest" if size is None else size
+            raise InvalidArgument(f"the slice at {offset:#x} of {length} bytes does not lie within the file of "
+                                  f"{file.size} bytes", where=file.filename)  # fmt: skip
 
     @property
     def size(self) -> int:
