@@ -13,7 +13,6 @@ _PEER_RELEASE: Final = "10.0.0"
 
 _MISSING: Final = {
     "amend": "changing options of an existing image",
-    "bitmap": "persistent dirty bitmaps",
     "commit": "committing an overlay into its backing file",
     "rebase": "changing the backing file of an image",
     "snapshot": "internal snapshots",
@@ -26,11 +25,14 @@ _MISSING: Final = {
 _VERBS: Final = """\
   bench [-c COUNT] [-d DEPTH] [-f FMT] [--flush-interval=N] [-i AIO] [-n] [--no-drain] [-o OFFSET] [--pattern=PATTERN] \
 [-q] [-s BUFFER_SIZE] [-S STEP_SIZE] [-t CACHE] [-w] [-U] FILENAME
+  bitmap (--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b SOURCE_FILE [-F SOURCE_FMT]] \
+[-g GRANULARITY] [--object DEF] [--image-opts | -f FMT] FILENAME BITMAP
   check [--object DEF] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all] [-T SRC_CACHE] [-U] FILENAME
   compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
 [-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] \
-[-r RATE_LIMIT] [-m COUNT] [-W] [--salvage] FILENAME... OUTPUT_FILENAME
+[-r RATE_LIMIT] [-m COUNT] [-W] [--salvage] \
+[--bitmaps [--skip-broken-bitmaps]] FILENAME... OUTPUT_FILENAME
   create [--object DEF] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]
   dd [--image-opts] [-U] [-f FMT] [-O FMT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
   info [--object DEF] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
@@ -46,7 +48,7 @@ _OWN_VERBS: Final = """\
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
 """
 
-_LATER: Final = "Not yet: amend, bitmap, commit, rebase, snapshot"
+_LATER: Final = "Not yet: amend, commit, rebase, snapshot"
 
 
 def version(prog: str) -> str:

@@ -134,7 +134,7 @@ class Batch:
         count = -(-len(data) // size)
         host = self.refcounts.allocate(count)
         self.runs.append((host, count))
-        self.node.file.write_from(host, memoryview(bytes(data).ljust(count * size, b"\0")))
+        self.node.file.write_from(host, memoryview(data))
         return host
 
     def place_bitmap(self, bitmap: Bitmap) -> tuple[int, int]:
