@@ -477,3 +477,62 @@ def test_a_broken_entry_is_not_written_through(damaged: Callable[[int, int], str
         assert image.read(0, 2 * 4096) == before[: 2 * 4096]
     with pytest.raises(Corrupt, match="marked corrupt"):
         byre.open(path, read_only=False)
+
+
+SNAPSHOT_OPTIONS: list[dict[str, object]] = [
+    {"cluster_size": 512},
+    {"cluster_size": 16384, "extended_l2": True},
+    {"cluster_size": 4096, "compat": "0.10"},
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("number", range(len(SNAPSHOT_OPTIONS)))
+def test_snapshots_of_the_peer_between_writes(tmp_path: Path, qemu_img: Run, number: int) -> None:
+    """Created, applied and deleted by the peer at random: each keeps its content, and nothing leaks."""
+    chance = random.Random(number)
+    options = SNAPSHOT_OPTIONS[number]
+    cluster = int(str(options["cluster_size"]))
+    size = 300 * 512 if number == 0 else 1 << 20
+    path = str(tmp_path / "disk")
+    create(path, "qcow2", size, options=options)
+    model = bytearray(size)
+    kept: dict[str, bytes] = {}
+    for turn in range(7):
+        with byre.open(path, read_only=False) as image:
+            for _ in range(40):
+                at = chance.randrange(size)
+                length = min(chance.choice([1, 600, 5000, 40000]), size - at)
+                kind = chance.randrange(6)
+                if kind == 3:
+                    image.write_zeroes(at, length, unmap=chance.random() < 0.5)
+                    model[at : at + length] = bytes(length)
+                elif kind == 4:
+                    image.discard(at, length)
+                    model[at : at + length] = image.read(at, length)
+                elif kind == 5:
+                    at -= at % cluster
+                    data = (chance.randbytes(8) * (cluster // 8))[: size - at]
+                    image.write_compressed(at, data)
+                    model[at : at + len(data)] = data
+                else:
+                    data = (chance.randbytes(8) * (length // 8 + 1))[:length]
+                    image.write(at, data)
+                    model[at : at + length] = data
+            assert image.read(0, size) == model
+        choice = chance.random()
+        if choice < 0.6 or not kept:
+            qemu_img("snapshot", "-c", f"s{turn}", path)
+            kept[f"s{turn}"] = bytes(model)
+        elif choice < 0.8:
+            name = chance.choice(list(kept))
+            qemu_img("snapshot", "-d", name, path)
+            del kept[name]
+        else:
+            name = chance.choice(list(kept))
+            qemu_img("snapshot", "-a", name, path)
+            model = bytearray(kept[name])
+        qemu_img("check", path)
+    for name, content in kept.items():
+        qemu_img("convert", "-l", name, "-O", "raw", path, tmp_path / "old")
+        assert (tmp_path / "old").read_bytes() == content
