@@ -11,6 +11,7 @@ import pytest
 import byre
 from byre.errors import Busy, ByreError, InvalidArgument, NotFound, ReadOnly
 from byre.graph.creating import create
+from byre.graph.graph import Graph
 from byre.image import Image
 
 DATA = b"data" * 1024
@@ -195,3 +196,40 @@ def test_the_backing_file_is_left_alone(tmp_path: Path) -> None:
         assert base.read_only
         assert base.children["file"].node.read_only
         image.write(0, b"x")
+
+
+def test_other_users_of_the_same_nodes_wait_as_well(path: str) -> None:
+    """The file below is exchanged: nobody may be using the old descriptor, whichever handle he came through."""
+    failures: list[BaseException] = []
+    stop = threading.Event()
+    graph = Graph()
+    with open_as(path, graph=graph) as image, Image(image.node, graph, read_only=False) as other:
+        base = other.node.children["file"].node
+        inside = 0
+
+        def work(number: int) -> None:
+            try:
+                while not stop.is_set():
+                    other.write(number * 65536, bytes([number + 1]) * 5000)
+                    assert other.read(number * 65536, 5000) == bytes([number + 1]) * 5000
+            except BaseException as error:
+                failures.append(error)
+
+        commit = base.reopen_commit
+
+        def checked(token: object) -> None:
+            nonlocal inside
+            inside += other._in_flight
+            commit(token)
+
+        base.reopen_commit = checked  # type: ignore[method-assign]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for mode in ["none", "writeback"] * 10:
+            image.reopen(cache=mode)
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not failures
+    assert inside == 0

@@ -63,7 +63,7 @@ class Graph:
         with self.lock:
             if name in parent.children:
                 raise InvalidArgument(f"node {parent.name!r} has a child {name!r} already")
-            if self._reaches(node, parent):
+            if self.reaches(node, parent):
                 raise InvalidArgument(f"attaching {node.name!r} below {parent.name!r} would make a ring")
             child = Child(node, name, role, parent)
             self._link(child)
@@ -120,7 +120,8 @@ class Graph:
             child.node.parents.remove(child)
 
     @staticmethod
-    def _reaches(start: Node, goal: Node) -> bool:
+    def reaches(start: Node, goal: Node) -> bool:
+        """Whether ``goal`` is ``start`` or below it."""
         seen: set[int] = set()
         todo = [start]
         while todo:

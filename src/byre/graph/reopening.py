@@ -40,12 +40,28 @@ def reopen(
         changes["direct"], changes["no_flush"], writethrough = cache
     own, common = _split(top, options)
     changes.update(common)
-    image.pause()
+    users = _users(image)
+    for user in users:
+        user.pause()
     try:
-        _transaction(image, top, changes, own)
+        with image.graph.lock:
+            _transaction(image, top, changes, own)
         image.writethrough = writethrough
     finally:
-        image.resume()
+        for user in users:
+            user.resume()
+
+
+def _users(image: Image) -> list[Image]:
+    """Every handle whose requests reach a node that will change, this one included."""
+    nodes = _affected(image.node)
+    graph = image.graph
+    with graph.lock:
+        return [
+            user
+            for user in graph.images
+            if user is image or any(graph.reaches(user.node, node) for node in nodes)
+        ]
 
 
 def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[Node, dict[str, object]], dict[str, object]]:
