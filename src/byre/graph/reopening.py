@@ -57,11 +57,7 @@ def _users(image: Image) -> list[Image]:
     nodes = _affected(image.node)
     graph = image.graph
     with graph.lock:
-        return [
-            user
-            for user in graph.images
-            if user is image or any(graph.reaches(user.node, node) for node in nodes)
-        ]
+        return [user for user in graph.images if user is image or any(graph.reaches(user.node, node) for node in nodes)]
 
 
 def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[Node, dict[str, object]], dict[str, object]]:
