@@ -1,4 +1,4 @@
-"""Metadata: check and map of a disk with every cluster mapped, and of one in a million pieces."""
+"""Metadata: check, map and snapshots of a disk with every cluster mapped, and of one in a million pieces."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def main() -> None:
         full(bench, given.size)
         scattered(bench)
         extents(bench)
+        snapshots(bench, given.size)
 
 
 def full(bench: Bench, size: int) -> None:
@@ -43,6 +44,17 @@ def extents(bench: Bench) -> None:
     bench.warm(image)
     bench.row("map json, a million extents", ["map", "--output=json", image], goal=Goal(0.7))
     bench.row("map human, a million extents", ["map", image], goal=Goal(0.7))
+    Path(image).unlink()
+
+
+def snapshots(bench: Bench, size: int) -> None:
+    """The counts and flags of every cluster change. Each run of the first row leaves a snapshot for the last."""
+    words = "1 TiB" if size == parse_size("1T") else f"{size >> 30} GiB"
+    image = bench.make_image("full", "snapshots.qcow2", size)
+    bench.warm(image)
+    bench.row(f"snapshot -c, {words} full metadata", ["snapshot", "-c", "s", image], goal=Goal(1))
+    bench.row(f"snapshot -a, {words} full metadata", ["snapshot", "-a", "s", image], goal=Goal(1))
+    bench.row(f"snapshot -d, {words} full metadata", ["snapshot", "-d", "s", image], goal=Goal(1))
     Path(image).unlink()
 
 

@@ -155,14 +155,13 @@ class _Operation:
             raise overflow[0]
 
     def _start(self, *, dirty: bool) -> None:
-        """Unknown autoclear bits go, the dirty bit is set; new structures are on disk behind this."""
+        """Unknown autoclear bits go and the dirty bit is set, before anything else changes."""
         header = self.node.header
         if header.version >= 3:
             kept = header.autoclear_features & layout.AUTOCLEAR_KNOWN
             if kept != header.autoclear_features:
                 self.node.header = header._replace(autoclear_features=kept)
                 self.file.write_from(88, memoryview(kept.to_bytes(8, "big")))
-        self.file.flush()
         if dirty:
             self._set_features(header.incompatible_features | layout.INCOMPATIBLE_DIRTY)
 
@@ -176,7 +175,7 @@ class _Operation:
         self.file.flush()
 
     def settle_counts(self) -> None:
-        """Counts as they are now are durable."""
+        """Counts as they are now, and new structures, are durable."""
         self.refcounts.write_back()
         self.file.flush()
 
