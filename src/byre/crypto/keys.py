@@ -42,6 +42,8 @@ def iterations_for(hash_name: str, length: int, milliseconds: int) -> int:
     """Iterations of PBKDF2 that take this machine about ``milliseconds`` of processor time, at least 1000."""
     import time
 
+    if milliseconds <= 0:
+        return MIN_ITERATIONS
     count = 1 << 14
     while True:
         started = time.thread_time()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import hmac
 import struct
 from typing import Final, NamedTuple, cast
 
-from ..errors import ImageError, NotSupported, printable
+from ..errors import ImageError, printable
 from .luks_layout import MAGIC
 
 __all__ = [
@@ -143,7 +144,7 @@ def decode_metadata(data: bytes | bytearray | memoryview) -> Metadata:
 
     :param data: the area; text ends at the first zero byte
     :raises ImageError: it breaks the format
-    :raises NotSupported: it needs something byre does not do
+        (ENOTSUP: it needs something byre does not do)
     """
     root = _parse(bytes(data).partition(b"\0")[0])
     _check_requirements(root)
@@ -187,17 +188,17 @@ def _check_requirements(root: dict[str, object]) -> None:
     mandatory = needed.get("mandatory") if isinstance(needed, dict) else None
     if mandatory:
         names = ", ".join(printable(str(name)) for name in mandatory) if isinstance(mandatory, list) else "unknown"
-        raise NotSupported(f"the LUKS2 volume requires {names}, which is not supported")
+        raise _unsupported(f"the LUKS2 volume requires {names}, which is not supported")
 
 
 def _segment(segments: dict[str, object]) -> Segment:
     if len(segments) != 1:
-        raise NotSupported(f"the LUKS2 volume has {len(segments)} segments; only volumes with one are supported")
+        raise _unsupported(f"the LUKS2 volume has {len(segments)} segments; only volumes with one are supported")
     record = _record(next(iter(segments.values())), "the segment")
     if record.get("type") != "crypt":
-        raise NotSupported(f"LUKS2 segments of type {printable(str(record.get('type')))!r} are not supported")
+        raise _unsupported(f"LUKS2 segments of type {printable(str(record.get('type')))!r} are not supported")
     if "integrity" in record:
-        raise NotSupported("LUKS2 volumes with integrity protection are not supported")
+        raise _unsupported("LUKS2 volumes with integrity protection are not supported")
     sector_size = _number(record, "sector_size")
     if sector_size not in (512, 1024, 2048, 4096):
         raise ImageError(f"LUKS2 segment: sector_size is {sector_size}, allowed are 512 to 4096")
@@ -214,7 +215,7 @@ def _slot(index: int, record: dict[str, object]) -> Slot | None:
         return None
     area, kdf, af = (_record(record.get(name), f"{name} of key slot {index}") for name in ("area", "kdf", "af"))
     if area.get("type") != "raw" or af.get("type") != "luks1":
-        raise NotSupported(f"LUKS2 key slot {index} keeps its key in a way that is not supported")
+        raise _unsupported(f"LUKS2 key slot {index} keeps its key in a way that is not supported")
     key_size, area_key_size = _number(record, "key_size"), _number(area, "key_size")
     stripes, offset, size = _number(af, "stripes"), _number(area, "offset"), _number(area, "size")
     if not 1 <= key_size <= MAX_KEY_SIZE or not 1 <= area_key_size <= MAX_KEY_SIZE:
@@ -232,7 +233,7 @@ def _digest(root: dict[str, object]) -> Digest:
         if not record.get("segments"):
             continue
         if record.get("type") != "pbkdf2":
-            raise NotSupported(f"LUKS2 digests of type {printable(str(record.get('type')))!r} are not supported")
+            raise _unsupported(f"LUKS2 digests of type {printable(str(record.get('type')))!r} are not supported")
         slots = record.get("keyslots")
         if not isinstance(slots, list):
             raise ImageError("a LUKS2 digest names no key slots")
@@ -240,6 +241,10 @@ def _digest(root: dict[str, object]) -> Digest:
         return Digest(_word(record, "hash"), _number(record, "iterations"), _binary(record, "salt"),
                       _binary(record, "digest"), numbers)  # fmt: skip
     raise ImageError("the LUKS2 metadata has no digest for its segment")
+
+
+def _unsupported(message: str) -> ImageError:
+    return ImageError(message, errno=errno.ENOTSUP)
 
 
 # -- fields ---------------------------------------------------------------------------------------
