@@ -15,7 +15,6 @@ _MISSING: Final = {
     "amend": "changing options of an existing image",
     "commit": "committing an overlay into its backing file",
     "rebase": "changing the backing file of an image",
-    "snapshot": "internal snapshots",
     "serve": "the NBD server",
     "daemon": "the storage daemon",
     "qemu-nbd": "the NBD server",
@@ -31,15 +30,17 @@ _VERBS: Final = """\
   compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
 [-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] \
-[-r RATE_LIMIT] [-m COUNT] [-W] [--salvage] \
+[-r RATE_LIMIT] [-l SNAPSHOT_PARAM] [-m COUNT] [-W] [--salvage] \
 [--bitmaps [--skip-broken-bitmaps]] FILENAME... OUTPUT_FILENAME
   create [--object DEF] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]
   dd [--image-opts] [-U] [-f FMT] [-O FMT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
   info [--object DEF] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILENAME
   map [--object DEF] [--image-opts] [-f FMT] [--start-offset=OFFSET] [--max-length=LENGTH] [--output=human|json] [-U] \
 FILENAME
-  measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size SIZE | [--object DEF] [--image-opts] [-f FMT] FILENAME]
+  measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size SIZE | [--object DEF] [--image-opts] [-f FMT] \
+[-l SNAPSHOT_PARAM] FILENAME]
   resize [--object DEF] [--image-opts] [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
+  snapshot [--object DEF] [--image-opts] [-f FMT] [-q] [-U] [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] FILENAME
 """
 
 _OWN_VERBS: Final = """\
@@ -48,7 +49,7 @@ _OWN_VERBS: Final = """\
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
 """
 
-_LATER: Final = "Not yet: amend, commit, rebase, snapshot"
+_LATER: Final = "Not yet: amend, commit, rebase"
 
 
 def version(prog: str) -> str:
