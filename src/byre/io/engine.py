@@ -448,6 +448,7 @@ def discard(node: FormatNode, offset: int, length: int) -> None:
     end = min(offset + length, node._size)
     first = align_up(offset, unit)
     last = align_down(end, unit) if end < node._size else align_up(end, unit)
+    begin = first
     try:
         while first < last:
             with node.lock:
@@ -463,7 +464,7 @@ def discard(node: FormatNode, offset: int, length: int) -> None:
         raise
     finally:
         if node.tracker is not None:
-            node.tracker.mark(offset, end - offset)
+            node.tracker.mark(begin, min(last, end) - begin)
     node.stats.done(3, length, started)
 
 

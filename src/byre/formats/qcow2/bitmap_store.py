@@ -328,8 +328,18 @@ def _rewrite_first_cluster(node: Qcow2Node, extension: layout.Extension, name: b
 
 
 def release_entry(node: Qcow2Node, entry: BitmapEntry) -> list[tuple[int, int]]:
-    """Runs of clusters of a bitmap that is no longer in the directory; none if its table cannot be read."""
+    """Runs of clusters of a bitmap that is no longer in the directory.
+
+    None if its table makes no sense: they stay counted, a leak, which check finds.
+    """
+    refcounts = node.refcounts
+    assert refcounts is not None
     try:
-        return clusters_of(node, entry)
+        runs = clusters_of(node, entry)
     except ByreError:
-        return []  # they stay counted: a leak, which check finds
+        return []
+    for first, count in runs:
+        counted = (first + count - 1) << node.header.cluster_bits < node.file.size
+        if not counted or node._metadata_at(first, count) or not all(map(refcounts.get, range(first, first + count))):
+            return []
+    return runs
