@@ -48,9 +48,9 @@ CASES = {
     "4k-1bit": Case(4096, 24, 30, 1000, {"refcount_bits": 1}),
     "4k-16bit": Case(4096, 24, 30, 1000, {}),
     "4k-64bit": Case(4096, 24, 30, 1000, {"refcount_bits": 64}),
-    "64k-1bit": Case(65536, 12, 3, 250, {"refcount_bits": 1}),
-    "64k-16bit": Case(65536, 12, 3, 250, {"backed": True}),
-    "64k-64bit": Case(65536, 12, 3, 250, {"refcount_bits": 64}),
+    "64k-1bit": Case(65536, 12, 1, 150, {"refcount_bits": 1}),
+    "64k-16bit": Case(65536, 12, 1, 150, {"backed": True}),
+    "64k-64bit": Case(65536, 12, 1, 150, {"refcount_bits": 64}),
     "16k-extended": Case(16384, 12, 6, 500, {"extended_l2": True}),
     "16k-extended-backed": Case(16384, 12, 6, 500, {"extended_l2": True, "backed": True}),
 }

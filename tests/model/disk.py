@@ -77,7 +77,10 @@ class ModelDisk:
             self.data[start:end] = bytes(end - start)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole clusters no longer hold anything; with zero clusters they read as zeroes then."""
+        """Whole clusters no longer hold anything and read as zeroes; without zero clusters, nothing happens where
+        the backing file would show through."""
+        if not self.zeroes and self.backing is not None:
+            return
         for index in self._clusters(offset, length):
             start, end = index * self.cluster, min((index + 1) * self.cluster, self.size)
             if start < offset or end > offset + length:

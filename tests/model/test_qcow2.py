@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from model.disk import COMPRESSED, DATA, UNALLOCATED, ZERO, ModelDisk
-from support.images import layer, new_image, open_image
-from support.walk import walk
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from byre.graph.graph import Graph
 from byre.image import Image
 from byre.io import extent as kinds
 from byre.jobs.job import Control
 from byre.protocols.memory import MemoryNode
+from model.disk import COMPRESSED, DATA, UNALLOCATED, ZERO, ModelDisk
+from support.images import layer, new_image, open_image
+from support.walk import walk
 
 CLUSTERS = 40
 NAMES = {kinds.DATA: DATA, kinds.ZERO: ZERO, kinds.UNALLOCATED: UNALLOCATED, kinds.COMPRESSED: COMPRESSED}
@@ -27,8 +34,8 @@ NAMES = {kinds.DATA: DATA, kinds.ZERO: ZERO, kinds.UNALLOCATED: UNALLOCATED, kin
 class Machine(RuleBasedStateMachine):
     """Subclasses name the options; sizes are in eighths of a cluster, so that most requests are unaligned."""
 
-    options: dict[str, Any] = {}
-    backing: tuple[float, ...] = ()
+    options: ClassVar[dict[str, Any]] = {}
+    backing: ClassVar[tuple[float, ...]] = ()
     """Sizes of the layers below, relative to the image, the base first."""
 
     def __init__(self) -> None:
@@ -37,6 +44,8 @@ class Machine(RuleBasedStateMachine):
         self.unit = self.cluster // 8
         self.size = self.cluster * CLUSTERS
         self.image: Image | None = None
+        #: Clusters a shrink ended in: the part cut off is overwritten, for which they may be allocated.
+        self.cut: set[int] = set()
 
     # -- the image under test ---------------------------------------------------------------------
 
@@ -131,6 +140,8 @@ class Machine(RuleBasedStateMachine):
         size = -(-eighths * self.unit // 512) * 512
         assert self.image is not None
         self.image.resize(size, shrink=True)
+        if size < self.model.size and size % self.cluster:
+            self.cut.add(size // self.cluster)
         self.model.resize(size)
 
     @rule()
@@ -186,7 +197,7 @@ class Machine(RuleBasedStateMachine):
             assert zero, (expected, extent)
         else:
             assert {found, expected} in ({DATA, ZERO}, {DATA, UNALLOCATED}), (found, expected, extent)
-            assert expected != UNALLOCATED or self.loose, (found, expected, extent)
+            assert expected != UNALLOCATED or self.loose or index in self.cut, (found, expected, extent)
 
     @property
     def loose(self) -> bool:
@@ -227,6 +238,8 @@ def test_image_and_model_agree(name: str) -> None:
         settings=settings(
             max_examples=examples,
             stateful_step_count=25,
+            # A failure is reported as it was found: shrinking runs take minutes.
+            phases=(Phase.explicit, Phase.generate),
             deadline=None,
             derandomize="BYRE_MODEL_EXAMPLES" not in os.environ,
             database=None,
