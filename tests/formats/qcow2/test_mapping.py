@@ -377,6 +377,30 @@ def test_quick_zeroing_or_none(tmp_path: Path) -> None:
     disk.image.close()
 
 
+def test_version_2_forgets_clusters_instead_of_zeroing_them(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, Layout(compat="0.10", fragmented=False), 1 << 20)
+    disk.zero(0, 1 << 20)
+    disk.zero(0, 1 << 20, unmap=True)
+    assert disk.image.extents().bytes_of(UNALLOCATED) == 1 << 20
+    disk.write(0, 16384)
+    disk.zero(4096, 8192, unmap=True)
+    assert disk.image.extents(0, 16384).bytes_of(DATA) == 8192
+    disk.image.flush()
+    disk.verify()
+    disk.image.close()
+
+
+def test_version_2_keeps_a_backing_file_from_showing_through(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"b" * (1 << 20))
+    path = str(tmp_path / "overlay")
+    options = {"compat": "0.10", "backing_file": "base", "backing_fmt": "raw"}
+    create(path, "qcow2", 1 << 20, options=options)
+    with byre.open(path, read_only=False, backing=False) as image:
+        image.write_zeroes(0, 1 << 20, unmap=True)
+    with byre.open(path) as image:
+        assert image.read(0, 1 << 20) == bytes(1 << 20)
+
+
 def test_a_disk_beyond_64_tib(tmp_path: Path) -> None:
     path = str(tmp_path / "huge")
     create(path, "qcow2", 100 << 40, options={"cluster_size": 2 << 20})

@@ -502,9 +502,12 @@ class Mapping:
 
         :returns: bytes done, up to the end of the L2 table; 0 if version 2 cannot
         """
-        if kind == KIND_ZERO and self.version < 3:
-            return 0
         l1_index = offset >> self.span_bits
+        if kind == KIND_ZERO and self.version < 3:
+            # Version 2 has no zero clusters; without a backing file, what is not allocated reads as zeroes.
+            if self.has_backing or (keep and self.l1[l1_index] & OFFSET_MASK):
+                return 0
+            kind, full = UNALLOCATED, True
         end = min(offset + length, (l1_index + 1) << self.span_bits)
         if not self.l1[l1_index] & OFFSET_MASK and kind == UNALLOCATED and (full or not self.has_backing):
             stop = self._empty_run(l1_index, len(self.l1)) << self.span_bits
