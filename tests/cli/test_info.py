@@ -38,9 +38,9 @@ def info(capsys: Output, *arguments: str) -> Any:
 def test_human_output_of_a_raw_image(capsys: Output) -> None:
     create("x.raw", "1M")
     assert run(capsys, "info", "x.raw") == (
-        "image: x.raw\nfile format: raw\nvirtual size: 1 MiB (1048576 bytes)\ndisk size: 0 B\n"
+        "image: x.raw\nfile format: raw\nvirtual size: 1 MiB (1048576 bytes)\ndisk size: 4 KiB\n"
         "Child node '/file':\n    filename: x.raw\n    protocol type: file\n"
-        "    file length: 1 MiB (1048576 bytes)\n    disk size: 0 B\n"
+        "    file length: 1 MiB (1048576 bytes)\n    disk size: 4 KiB\n"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from byre.errors import Busy, ByreError, InvalidArgument, NoSpace, NotFound
 from byre.graph.node import PERM_ALL, PERM_WRITE
+from byre.io.extent import DATA, ZERO
 from byre.protocols import filecreate
 from byre.protocols.file import CREATE_OPTIONS, create
 
@@ -94,6 +95,17 @@ def test_a_dangling_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     make(tmp_path / "link", size=512)
     assert (tmp_path / "target").read_bytes() == bytes(512)
     assert (tmp_path / "link").is_symlink()
+
+
+def test_the_first_block_is_written_and_no_other(tmp_path: Path, open_file: OpenFile) -> None:
+    make(tmp_path / "large", size=1 << 20)
+    node = open_file(tmp_path / "large")
+    assert [extent.kind for extent in node.extents(0, 1 << 20)] == [DATA, ZERO]
+    assert node.block_status(0, 1 << 20).length == 4096
+    make(tmp_path / "small", size=1024)
+    assert (tmp_path / "small").stat().st_size == 1024
+    make(tmp_path / "empty", size=0)
+    assert (tmp_path / "empty").stat().st_size == 0
 
 
 def test_nothing_stays_open(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ import threading
 
 from ..errors import InvalidArgument, NotSupported
 from ..io.buffers import zero_view
+from ..typing import Final
+from ..units import SECTOR
 from .vectors import pwritev_all
 
 __all__ = ["FileLength", "check_preallocation", "set_length"]
+
+_FIRST_BLOCK: Final = 4096
 
 
 class FileLength:
@@ -90,8 +94,20 @@ def check_preallocation(mode: str, before: int, after: int, where: str) -> None:
 def set_length(fd: int, before: int, after: int, preallocation: str) -> None:
     """Make the file behind ``fd`` ``after`` bytes long; a failed growth leaves the old length.
 
+    An empty file gets its first block written: what direct I/O needs of addresses and lengths cannot be found out by
+    reading a hole (see :func:`.descriptor.probe_direct`).
+
     :raises OSError: the system's
     """
+    _set_length(fd, before, after, preallocation)
+    if before == 0 and after and preallocation != "full":
+        try:
+            os.pwrite(fd, zero_view(_FIRST_BLOCK if after >= _FIRST_BLOCK else min(after, SECTOR)), 0)
+        except OSError:
+            pass  # only probing is the worse for it
+
+
+def _set_length(fd: int, before: int, after: int, preallocation: str) -> None:
     if preallocation == "off" or after == before:
         os.ftruncate(fd, after)
         return
