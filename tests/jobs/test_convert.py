@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import byre
-from byre.errors import Busy, InvalidArgument
+from byre.errors import Busy, InvalidArgument, NoSpace
 from byre.image import Image
 from byre.jobs.blockcopy import COPY, ZERO, CopySettings, Segment, SourceDisk
 from byre.jobs.convert import ConvertJob, Layout, MadeFiles, check_not_source, plan
@@ -122,11 +122,15 @@ def test_the_target_may_not_be_part_of_the_source(tmp_path: Path) -> None:
 
 
 def test_only_files_that_were_made_are_removed(tmp_path: Path) -> None:
+    refused = NoSpace("refused")
     (tmp_path / "old").write_bytes(b"x")
     made = MadeFiles(str(tmp_path / "new"), {"data_file": "old"})
     (tmp_path / "new").write_bytes(b"y")
-    assert made.remove() == ""
+    assert made.remove(refused) == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
     made = MadeFiles(str(tmp_path / "old"), {})
-    assert made.remove() == f"{tmp_path / 'old'} was left behind incomplete"
+    assert made.remove(refused) == ""
+    assert made.remove(KeyboardInterrupt()) == f"{tmp_path / 'old'} was left behind incomplete"
+    made.begun = True
+    assert made.remove(refused) == f"{tmp_path / 'old'} was left behind incomplete"
     assert (tmp_path / "old").exists()

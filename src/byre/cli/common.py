@@ -174,7 +174,7 @@ class Given:
         for text in texts:
             secret = Secret.parse(text)
             if secret.id in found:
-                raise InvalidArgument(f"object {printable(secret.id)!r} is defined twice")
+                raise InvalidArgument(f"object {secret.id!r} is defined twice")
             found[secret.id] = secret
         return found
 

@@ -193,11 +193,12 @@ class _Conversion:
             return
         self._check_new()
         made = MadeFiles(self.output, self.options)
-        self._create()
         try:
+            self._create()
+            made.begun = True
             self._copy(over_backing)
-        except BaseException:
-            left = made.remove()
+        except BaseException as error:
+            left = made.remove(error)
             if left:
                 common.warn(left)
             raise

@@ -136,7 +136,7 @@ def _check_protocol(filename: str) -> None:
         prefix = filename.partition(":")[0]
         row = by_prefix(prefix)
         if row is None:
-            raise InvalidArgument(f"unknown protocol {printable(prefix)!r}",
+            raise InvalidArgument(f"unknown protocol {prefix!r}",
                                   hint="write ./ before a file name that holds a colon")  # fmt: skip
         if "c" not in row.abilities and row.name not in ("host_device", "host_cdrom"):
             raise NotSupported(f"protocol driver {row.name!r} cannot create images")

@@ -93,18 +93,17 @@ def _copy(source: Image, start: int, length: int, target: str, format: str, give
     made = MadeFiles(target, {})
     try:
         create(target, format, align_up(length, SECTOR))
-    except ByreError as error:
-        error.where = error.where or target
-        raise
-    try:
+        made.begun = True
         with common.open_image(target, given, format=format, image_opts=False, read_only=False,
                                force_share=False) as image:  # fmt: skip
             control = Control(length)
             copy = BlockCopy(SourceDisk([source], skip=start, size=length), image, CopySettings(sparse=0))
             with Display(control, "dd", "none"):
                 copy.run([Segment(0, length, COPY)] if length else [], control)
-    except BaseException:
-        left = made.remove()
+    except BaseException as error:
+        if isinstance(error, ByreError):
+            error.where = error.where or target
+        left = made.remove(error)
         if left:
             common.warn(left)
         raise

@@ -129,7 +129,7 @@ def _open_backing(overlay: Node, given: common.Given) -> Image | None:
     try:
         node = opener.open(target, flags, driver_name=getattr(overlay, "backing_format", ""), implicit=True)
     except ByreError as error:
-        error.message = f"cannot open backing file {printable(name)!r}: {error}"
+        error.message = f"cannot open backing file {name!r}: {error}"
         error.where, error.hint = overlay.filename, ""
         raise
     try:

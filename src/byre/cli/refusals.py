@@ -91,7 +91,7 @@ def refuse(name: str, arguments: list[str]) -> int:
     if name.startswith("qemu-") and arguments[:1] in (["--version"], ["-V"]):
         sys.stdout.write(version(name))
         return 0
-    text = f"{name} is not available in byre {__version__}: {_MISSING[name]} is not there yet"
+    text = f"{name} is not part of byre {__version__} yet ({_MISSING[name]})"
     if arguments[:1] in (["--help"], ["-h"]):
         sys.stdout.write(f"{version(name) if name.startswith('qemu-') else ''}{text}\n")
         return 0

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ByreError, NotSupported, printable
+from ..errors import ByreError, NotSupported
 from . import common
 from .info import snapshot_lines, snapshot_rows
 
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
             _change(image, action, name)
         except ByreError as error:
             if not common.as_peer():
-                error.message = f"could not {action} snapshot {printable(name)!r}: {error.message}"
+                error.message = f"could not {action} snapshot {name!r}: {error.message}"
                 raise
             # Scripts compare these very words.
             reason = "snapshot not found" if action == "delete" and error.errno == 2 else os.strerror(error.errno)
@@ -103,7 +103,7 @@ def load_snapshot(image: Image, parameter: str) -> None:
         values = parse_keyval(parameter)
         unknown = [key for key in values if key not in ("snapshot.id", "snapshot.name")]
         if unknown:
-            raise common.UsageError(f"invalid parameter {printable(unknown[0])!r}; try snapshot.id= and snapshot.name=")
+            raise common.UsageError(f"invalid parameter {unknown[0]!r}; try snapshot.id= and snapshot.name=")
         _holder(image).load_snapshot_exactly(values.get("snapshot.id"), values.get("snapshot.name"))
     except ByreError as error:
         error.message = f"Failed to load snapshot: {error.message}"

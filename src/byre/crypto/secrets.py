@@ -55,13 +55,13 @@ class Secret:
             properties = parse_keyval(text, implied="qom-type")
         kind = properties.pop("qom-type", "")
         if kind != "secret":
-            raise NotSupported(f"objects of type {printable(kind)!r} are not supported; only 'secret' is")
+            raise NotSupported(f"objects of type {kind!r} are not supported; only 'secret' is")
         if not properties.get("id"):
             raise InvalidArgument("a secret needs an id")
         for key in properties:
             if key not in _PROPERTIES:
-                raise InvalidArgument(f"a secret has no property {printable(key)!r}")
-        shown = printable(properties["id"])
+                raise InvalidArgument(f"a secret has no property {key!r}")
+        shown = properties["id"]
         if ("data" in properties) == ("file" in properties):
             raise InvalidArgument(f"secret {shown!r} needs either 'data' or 'file'")
         if properties.get("format", "raw") not in ("raw", "base64"):
@@ -94,7 +94,7 @@ class Secret:
 
     @property
     def _name(self) -> str:
-        return f"secret {printable(self.id)!r}"
+        return f"secret {self.id!r}"
 
     def _stored(self) -> bytes:
         if "data" in self.properties:
@@ -103,7 +103,7 @@ class Secret:
         if place.startswith("env:"):
             value = os.environb.get(os.fsencode(place[4:]))
             if value is None:
-                raise NotFound(f"{self._name}: the environment has no variable {printable(place[4:])!r}")
+                raise NotFound(f"{self._name}: the environment has no variable {place[4:]!r}")
             return value
         return _read(place, self._name)
 
@@ -166,14 +166,14 @@ def find_secret(provider: SecretProvider | None, identity: str, *, _depth: int =
     :raises NotFound: there is none
     """
     if _depth > _MAX_DEPTH:
-        raise InvalidArgument(f"secret {printable(identity)!r} is the key of its own key")
+        raise InvalidArgument(f"secret {identity!r} is the key of its own key")
     value: object = None
     if callable(provider):
         value = provider(identity)
     elif provider is not None:
         value = provider.get(identity)
     if value is None:
-        raise NotFound(f"no secret with id {printable(identity)!r}")
+        raise NotFound(f"no secret with id {identity!r}")
     protect_memory()
     if isinstance(value, Secret):
         return value.load(provider, _depth)
@@ -181,7 +181,7 @@ def find_secret(provider: SecretProvider | None, identity: str, *, _depth: int =
         return value.encode()
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
-    raise InvalidArgument(f"secret {printable(identity)!r} is neither bytes nor text")
+    raise InvalidArgument(f"secret {identity!r} is neither bytes nor text")
 
 
 def find_text_secret(provider: SecretProvider | None, identity: str) -> bytes:
@@ -193,7 +193,7 @@ def find_text_secret(provider: SecretProvider | None, identity: str) -> bytes:
     try:
         secret.decode()
     except UnicodeDecodeError:
-        raise InvalidArgument(f"data from secret {printable(identity)!r} is not valid UTF-8") from None
+        raise InvalidArgument(f"data from secret {identity!r} is not valid UTF-8") from None
     return secret
 
 

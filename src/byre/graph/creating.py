@@ -175,6 +175,7 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
     try:
         node = create_file(filename, {**file_options, "size": 0})
         make(CreateRequest(filename, values, node, graph, create_file, secrets, spoil))
+        _close(graph, opened)
     except BaseException:
         _close(graph, opened)
         for path in made:
@@ -183,7 +184,6 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
             except OSError:
                 pass
         raise
-    _close(graph, opened)
 
 
 def _close(graph: Graph, nodes: list[Node]) -> None:

@@ -98,22 +98,21 @@ class Policy(NamedTuple):
         :param what: "backing file", "data file", ...
         :raises AccessDenied: the image may not name this
         """
-        shown = printable(name)
         if self.mode == "deny":
-            raise AccessDenied(f"the image names the {what} {shown!r}, which is not opened for an untrusted image",
+            raise AccessDenied(f"the image names the {what} {name!r}, which is not opened for an untrusted image",
                                where=where, hint="give it explicitly if you trust it")  # fmt: skip
         if path is None:
             if what != "backing file":
-                raise AccessDenied(f"the image names the {what} {shown!r}; only plain files are accepted there",
+                raise AccessDenied(f"the image names the {what} {name!r}; only plain files are accepted there",
                                    where=where)  # fmt: skip
             if not self.allow_references:
-                raise AccessDenied(f"the image names the {what} {shown!r}, which is not a plain file name",
+                raise AccessDenied(f"the image names the {what} {name!r}, which is not a plain file name",
                                    where=where, hint="use --allow-ref if you trust the image")  # fmt: skip
             return
         if self.mode == "below":
             real = os.path.realpath(path)
             if not any(os.path.commonpath((real, os.path.realpath(f))) == os.path.realpath(f) for f in self.folders):
-                raise AccessDenied(f"the image names the {what} {shown!r}, which lies outside the allowed folders",
+                raise AccessDenied(f"the image names the {what} {name!r}, which lies outside the allowed folders",
                                    where=where)  # fmt: skip
 
 
@@ -148,7 +147,7 @@ def parse_filename(name: str) -> dict[str, object]:
         prefix, _, rest = name.partition(":")
         row = by_prefix(prefix)
         if row is None:
-            raise InvalidArgument(f"unknown protocol {printable(prefix)!r} in {printable(name)!r}",
+            raise InvalidArgument(f"unknown protocol {prefix!r} in {name!r}",
                                   hint="write ./ before a file name that holds a colon")  # fmt: skip
         if row.name == "file":
             # Shown, and given again, as a path.
@@ -428,7 +427,7 @@ class Opener:
             format_name = str(extra.pop("driver"))
         if not format_name and plain is not None:
             self.graph.warnings.append(
-                f"{printable(where)}: the format of backing file {printable(name)!r} is not recorded; probing it"
+                f"{printable(where)}: the format of backing file {name!r} is not recorded; probing it"
             )
         given = {"driver": "file", "filename": path} if plain is not None else parse_filename(path)
         try:
@@ -436,7 +435,7 @@ class Opener:
                 driver(format_name)
             below = self.open({**given, **extra}, flags, driver_name=format_name, implicit=True)
         except NotFound as error:
-            raise NotFound(f"cannot open backing file {printable(name)!r}: {error}", where=where) from None
+            raise NotFound(f"cannot open backing file {name!r}: {error}", where=where) from None
         return below
 
 
@@ -448,8 +447,8 @@ FLAG_FIELDS = {
     "cache.direct": "direct",
     "cache.no-flush": "no_flush",
 }
-_FORMAT_KEYS = ("node-name", "detect-zeroes", "backing", "discard", "read-only", "auto-read-only", "force-share", "cache",
-                "cache.direct", "cache.no-flush", "cache.writeback")  # fmt: skip
+_FORMAT_KEYS = ("node-name", "detect-zeroes", "backing", "discard", "read-only", "auto-read-only", "force-share",
+                "cache", "cache.direct", "cache.no-flush", "cache.writeback")  # fmt: skip
 
 
 def _needs_name(extra: Mapping[str, object]) -> bool:
@@ -467,9 +466,9 @@ def resolve_backing(overlay: str, name: str) -> str:
     if overlay.startswith("file:"):
         overlay = str(parse_filename(overlay)["filename"])
     if overlay.startswith("json:"):
-        raise InvalidArgument(f"relative backing file {printable(name)!r} has no folder to start from", where=overlay)
+        raise InvalidArgument(f"relative backing file {name!r} has no folder to start from", where=overlay)
     if has_protocol(overlay):
-        prefix, _, rest = overlay.rpartition("/")
+        prefix = overlay.rpartition("/")[0]
         if not prefix:
             head, _, _ = overlay.rpartition(":")
             return f"{head}:{name}"

@@ -250,7 +250,10 @@ def check_not_source(sources: Iterable[Image], target: str) -> None:
 
 
 class MadeFiles:
-    """The files that a creation makes: those which were not there before."""
+    """The files that a creation makes: those which were not there before.
+
+    :ivar begun: the creation itself succeeded, so that what was there before is gone
+    """
 
     def __init__(self, target: str, options: Mapping[str, object]) -> None:
         names = [target]
@@ -259,18 +262,22 @@ class MadeFiles:
             names.append(resolve_backing(target, data_file))
         paths = [name.removeprefix("file:") for name in names]
         self._new = [path for path in paths if not has_protocol(path) and not os.path.lexists(path)]
-        self._target = target
+        self._old = [path for path in paths if path not in self._new]
+        self.begun = False
 
-    def remove(self) -> str:
-        """Remove them; a sentence about what is left, "" if nothing is."""
-        left = "" if self._new else self._target
+    def remove(self, error: BaseException) -> str:
+        """Remove them; a sentence about what is left, "" if nothing is.
+
+        :param error: what ended it. A creation that was refused tidies up itself; one that was interrupted may not
+        """
+        left = self._old if self.begun or not isinstance(error, ByreError) else []
         for path in self._new:
             try:
                 if os.path.isfile(path):
                     os.unlink(path)
             except OSError:
-                left = path
-        return f"{left} was left behind incomplete" if left else ""
+                left = [*left, path]
+        return f"{' and '.join(left)} {'were' if len(left) > 1 else 'was'} left behind incomplete" if left else ""
 
 
 # -- bitmaps --------------------------------------------------------------------------------------
