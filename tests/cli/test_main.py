@@ -171,6 +171,23 @@ def test_a_terminated_command_leaves_without_noise(tmp_path: Path) -> None:
             assert running.stderr.read() == b""
 
 
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1), (0, 1, 2)])
+def test_descriptors_closed_at_start_are_not_given_to_an_image(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(4096))
+    program = "import sys; sys.argv[0] = 'qemu-io'; from byre.cli.main import entry; entry()"
+    command = [sys.executable, "-c", program, "-f", "raw", "-c", "read -v 0 16", "-c", "nonsense", str(path)]
+
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    done = subprocess.run(command, preexec_fn=close, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    assert path.read_bytes() == bytes(4096)
+    assert done.returncode == 1
+    assert (1 in closed) == (done.stdout == b"")
+
+
 class TestOptionTables:
     TABLE = (
         common.FORMAT,

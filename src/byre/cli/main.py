@@ -41,6 +41,7 @@ class Terminated(KeyboardInterrupt):
 
 def entry() -> int:
     """The console script. Does not return: the interpreter's own tidying up costs more than many commands."""
+    _open_standard_files()
     import gc
 
     # Start-up makes many objects and no garbage; looking for some takes a twentieth of a short command's time.
@@ -52,6 +53,20 @@ def entry() -> int:
     code = main(sys.argv[1:], program_name(sys.argv[0]))
     sys.stderr.flush()
     os._exit(code)
+
+
+def _open_standard_files() -> None:
+    """Descriptors 0 to 2 that were closed at start lead to /dev/null.
+
+    Otherwise an image would be opened under such a number, and what is printed would be written into it.
+    """
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.dup(fd)
+    os.close(fd)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
