@@ -129,10 +129,18 @@ def _data_spans(source: Image) -> Iterator[tuple[int, int]]:
     from ..graph import chain
     from ..io.extent import COMPRESSED, DATA
 
+    import numpy as np
+
     for offset, length in chain.windows(0, source.size, chain.window_size(source.node)):
         found = source.extents(offset, length)
         rows = found.take((found.kind == DATA) | (found.kind == COMPRESSED))
-        yield from zip(rows.offset.tolist(), rows.length.tolist(), strict=True)
+        if not len(rows):
+            continue
+        # Where in the file they lie does not matter here: neighbours are one.
+        begins = np.append(True, rows.offset[1:] != rows.offset[:-1] + rows.length[:-1])
+        starts = rows.offset[begins]
+        stops = (rows.offset + rows.length)[np.append(begins[1:], True)]
+        yield from zip(starts.tolist(), (stops - starts).tolist(), strict=True)
 
 
 def _bitmap_bytes(source: Image, cluster_size: int) -> int | None:
