@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Final
@@ -36,8 +37,6 @@ List, apply, create or delete internal snapshots. SNAPSHOT is an id or a name.
 
 {common.option_help(_TABLE)}"""
 
-_PEER_WORDS: Final = {"apply": "Failed to load snapshot: "}
-
 
 def run(arguments: list[str]) -> int:
     given = common.parse(_TABLE, arguments)
@@ -50,20 +49,55 @@ def run(arguments: list[str]) -> int:
     if action == "list":
         _list(given)
         return 0
+    if not common.as_peer():
+        _change(given, action, name)
+        return 0
+    try:
+        _change(given, action, name)
+    except _Failed as failed:
+        _report_as_peer(action, name, failed)
+        return 1
+    return 0
+
+
+class _Failed(ByreError):
+    """An action failed.
+
+    :ivar gone: a snapshot was to be deleted, and is no longer in the table
+    """
+
+    gone = False
+
+
+def _change(given: common.Given, action: str, name: str) -> None:
     with common.open_image(
         given.positional[0], given, format=given.last("format"), read_only=False, backing=False
     ) as image:
+        before = _names(image)
         try:
-            _change(image, action, name)
+            _carry_out(image, action, name)
         except ByreError as error:
-            if not common.as_peer():
-                error.message = f"could not {action} snapshot {name!r}: {error.message}"
-                raise
-            # Scripts compare these very words.
-            reason = "snapshot not found" if action == "delete" and error.errno == 2 else os.strerror(error.errno)
-            common.report(f"Could not {action} snapshot '{name}': {_PEER_WORDS.get(action, '')}{reason}")
-            return 1
-    return 0
+            failed = _Failed(f"could not {action} snapshot {name!r}: {error.message}", where=error.where,
+                             hint=error.hint, errno=error.errno)  # fmt: skip
+            failed.gone = action == "delete" and _names(image) != before
+            raise failed from error
+
+
+def _names(image: Image) -> list[str]:
+    return [snapshot.name for snapshot in getattr(image.node, "snapshots", ())]
+
+
+def _report_as_peer(action: str, name: str, failed: _Failed) -> None:
+    """The peer's very words, which scripts compare."""
+    reason = os.strerror(failed.errno)
+    if action == "apply":
+        reason = f"Failed to load snapshot: {reason}"
+    elif action == "delete" and failed.errno == errno.ENOENT:
+        reason = "snapshot not found"
+    elif failed.gone:
+        sys.stderr.write(f"qcow2_free_clusters failed: {reason}\n")
+        reason = f"Failed to free the cluster and L1 table: {reason}"
+    common.report(f"Could not {action} snapshot '{name}': {reason}")
 
 
 def _list(given: common.Given) -> None:
@@ -76,7 +110,7 @@ def _list(given: common.Given) -> None:
             sys.stdout.write("".join(f"{line}\n" for line in snapshot_lines(rows)))
 
 
-def _change(image: Image, action: str, name: str) -> None:
+def _carry_out(image: Image, action: str, name: str) -> None:
     if action == "create":
         # Without a machine there is no instruction count; the peer records 0 as well.
         image.create_snapshot(name, icount=0)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..formats.base import FormatNode, Placement
     from ..graph.node import Node
 
-__all__ = ["discard", "flush", "read", "read_behind", "reads_zero", "write", "write_compressed", "write_zeroes"]
+__all__ = ["discard", "flush", "read", "read_layer", "reads_zero", "write", "write_compressed", "write_step",
+           "write_zeroes"]  # fmt: skip
 
 _ZEROES: Final = bytes(1 << 20)
 
@@ -37,25 +38,16 @@ def read(node: FormatNode, offset: int, buffer: memoryview) -> None:
     if (offset | len(buffer)) & node.sector_mask:
         sectors.read(node, offset, buffer, read)
         return
-    below = _read_layer(node, offset, buffer)
+    below = read_layer(node, offset, buffer)
     while below:
         lower, at, view = below.pop()
         if lower.layered and not (at | len(view)) & lower.sector_mask:  # type: ignore[attr-defined]
-            below += _read_layer(lower, at, view)  # type: ignore[arg-type]
+            below += read_layer(lower, at, view)  # type: ignore[arg-type]
         else:
             lower.read_into(at, view)
 
 
-def read_behind(node: FormatNode, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from behind the end of the disk (machine state): zeroes where nothing was written."""
-    if (offset | len(buffer)) & node.sector_mask:
-        sectors.read(node, offset, buffer, read_behind)
-        return
-    for _, _, view in _read_layer(node, offset, buffer, offset + len(buffer)):
-        zero_fill(view)
-
-
-def _read_layer(node: FormatNode, offset: int, view: memoryview, size: int = -1) -> list[tuple[Node, int, memoryview]]:
+def read_layer(node: FormatNode, offset: int, view: memoryview, size: int = -1) -> list[tuple[Node, int, memoryview]]:
     """Read what this layer holds up to ``size`` (the disk's); returns what the layer below must provide."""
     started = perf_counter_ns()
     below: list[tuple[Node, int, memoryview]] = []
@@ -148,8 +140,7 @@ def write(node: FormatNode, offset: int, buffer: memoryview, flags: int = 0) -> 
     if (offset | length) & node.sector_mask:
         sectors.write(node, offset, buffer, flags)
         return
-    # Machine state lies behind the end, where zero writes do not reach.
-    if node.detect_zeroes != "off" and offset < node._size and is_zero(buffer):
+    if node.detect_zeroes != "off" and is_zero(buffer):
         unmap = MAY_UNMAP if node.detect_zeroes == "unmap" else 0
         write_zeroes(node, offset, length, flags & FUA | unmap)
         return
@@ -157,7 +148,7 @@ def write(node: FormatNode, offset: int, buffer: memoryview, flags: int = 0) -> 
     try:
         try:
             while done < length:
-                done += _write_step(node, offset + done, buffer[done:] if done else buffer)
+                done += write_step(node, offset + done, buffer[done:] if done else buffer)
         finally:
             # A write that failed may have changed something.
             if node.tracker is not None:
@@ -170,7 +161,7 @@ def write(node: FormatNode, offset: int, buffer: memoryview, flags: int = 0) -> 
     node.stats.done(1, length, started)
 
 
-def _write_step(node: FormatNode, offset: int, view: memoryview) -> int:
+def write_step(node: FormatNode, offset: int, view: memoryview) -> int:
     """Write as much as one reservation covers; bytes written."""
     inflight = node.inflight
     end = offset + len(view)
@@ -195,7 +186,7 @@ def _write_step(node: FormatNode, offset: int, view: memoryview) -> int:
 
 
 def _write_reserved(node: FormatNode, offset: int, view: memoryview) -> int:
-    """As :func:`_write_step`, through reserve and publish."""
+    """As :func:`write_step`, through reserve and publish."""
     inflight = node.inflight
     end = offset + len(view)
     unit = node.cluster_size
@@ -433,7 +424,7 @@ def _zero_as_data(node: FormatNode, start: int, stop: int, flags: int) -> None:
         view = zeroes[: min(len(zeroes), stop - start)]
         done = 0
         while done < len(view):
-            done += _write_step(node, start + done, view[done:])
+            done += write_step(node, start + done, view[done:])
         start += len(view)
 
 

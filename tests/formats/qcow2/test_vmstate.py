@@ -94,6 +94,16 @@ def test_zeroes_are_saved_too() -> None:
         assert load(image, 0, 20000) == b"x" * 4096 + bytes(8192) + b"x" * 7712
 
 
+def test_dirty_bitmaps_do_not_follow() -> None:
+    file = new_image("qcow2", 64 * KIB, cluster_size=512)
+    with open_image(file) as image:
+        bitmap = node_of(image).bitmap_store().add("b", 512)
+        save(image, 0, b"state" * 1000)
+        assert bitmap.dirty_bytes == 0
+        image.write(0, b"x")
+        assert bitmap.dirty_bytes == 512
+
+
 @pytest.mark.parametrize("size", [10 * KIB, 3 << 20])
 def test_state_never_becomes_part_of_the_disk(size: int) -> None:
     file = new_image("qcow2", 100 * KIB, cluster_size=512)

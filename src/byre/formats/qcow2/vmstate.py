@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from ...errors import InvalidArgument, NotSupported
-from ...io import engine
+from ...io import behind
 from ...units import align_down, align_up
 from . import layout
 from .resizing import grow_l1
@@ -50,7 +50,7 @@ def load(node: Qcow2Node, position: int, view: memoryview) -> None:
     start, _ = _range(node, position, len(view))
     if node.report is not None:
         node.report("vmstate_load")
-    engine.read_behind(node, start, view)
+    behind.read(node, start, view)
 
 
 def save(node: Qcow2Node, position: int, view: memoryview) -> None:
@@ -78,10 +78,10 @@ def save(node: Qcow2Node, position: int, view: memoryview) -> None:
             if last - first != step:
                 # The engine takes what is behind the disk's end for zeroes: give it nothing to fill in.
                 whole = memoryview(bytearray(last - first))
-                engine.read_behind(node, first, whole)
+                behind.read(node, first, whole)
                 whole[at - first : at - first + step] = piece
                 piece = whole
-            engine.write(node, first, piece)
+            behind.write(node, first, piece)
             done += step
 
 
