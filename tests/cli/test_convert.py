@@ -213,7 +213,7 @@ def test_the_source_is_not_touched(here: Path) -> None:
         (["--level", "3", "a", "o"], "--level needs -c"),
         (["-c", "--level", "99", "-O", "qcow2", "a", "o"], "compression level"),
         (["-l", "snap", "a", "o"], "does not support temporarily loading"),
-        (["--bitmaps", "a", "o"], "--bitmaps"),
+        (["--bitmaps", "a", "o"], "Source lacks bitmap support"),
         (["-n", "a", "missing"], "missing"),
         (["missing", "o"], "missing"),
         (["-O", "qcow2", "-o", "cluster_size=5", "a", "o"], "cluster"),

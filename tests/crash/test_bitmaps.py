@@ -41,10 +41,15 @@ class Start(NamedTuple):
     resting: bytes
 
 
-def prepared(cluster: int, clusters: int, **options: object) -> Start:
+def prepared(cluster: int, clusters: int, *, across: bool = False, **options: object) -> Start:
+    """
+    :param across: the directory entry of "follows" lies in two sectors, its flags in the second
+    """
     made = setup(cluster, clusters, **options)  # type: ignore[arg-type]
     log = WriteLog()
     with made.open(made.image, None, log) as image:
+        if across:
+            store(image).add("x" * (504 - 24), 4096, enabled=False)
         store(image).add("follows", 512)
         rests = store(image).add("rests", 512, enabled=False)
         rests.set(0, 1)
@@ -188,6 +193,7 @@ WORKLOADS: dict[str, tuple[Step, ...]] = {
     "add": (add, overwrite, store_and_go_on, write),
     "remove": (overwrite, remove, write),
     "remove all": (remove_all, write),
+    "remove all and add": (remove_all, add, overwrite, store_and_go_on, write),
     "enable": (enable, write, flush),
     "merge": (merge, overwrite),
     "grow": (overwrite, grow, write),
@@ -196,21 +202,23 @@ WORKLOADS: dict[str, tuple[Step, ...]] = {
 
 SETUPS: dict[str, dict[str, Any]] = {
     "512": {"cluster": 512, "clusters": 60},
-    "4k, 1 bit": {"cluster": 4096, "clusters": 16, "refcount_bits": 1},
+    "4k, 1 bit": {"cluster": 4096, "clusters": 16, "refcount_bits": 1, "filled": False},
     "1k, backing file": {"cluster": 1024, "clusters": 30, "backed": True},
+    "4k, across": {"cluster": 4096, "clusters": 12, "across": True, "filled": False},
 }
 
 
 @pytest.mark.parametrize("kind", SETUPS)
 @pytest.mark.parametrize("work", WORKLOADS)
 def test_power_cuts(kind: str, work: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    start = prepared(**SETUPS[kind], filled=kind != "4k, 1 bit")
+    start = prepared(**SETUPS[kind])
     log = WriteLog()
     image = start.setup.open(start.setup.image, None, log)
     for step in WORKLOADS[work]:
         step(image)
     image.close()
-    gone = {"remove": {"rests"}, "remove all": {"follows", "rests", "full"}}.get(work, set())
+    everything = {"follows", "rests", "full"}
+    gone = {"rests"} if work == "remove" else everything if work.startswith("remove all") else set()
     seen: set[object] = set()
     for state in crash_states(log):
         if state.digest not in seen:
