@@ -172,9 +172,11 @@ class TableCache:
             return
         if len(self.dirty) >= self.capacity - 1:
             self._relieve()
+        # An eighth at a time, for looking through the tables costs as much as many reads.
+        goal = self.capacity - 1 - self.capacity // 8
         # Second chance: a table used since the last round is passed over once.
         for host, table in list(self.tables.items()):
-            if len(self.tables) < self.capacity:
+            if len(self.tables) <= goal:
                 return
             if table.dirty:
                 continue
@@ -185,7 +187,7 @@ class TableCache:
             else:
                 del self.tables[host]
         for host, table in list(self.tables.items()):
-            if len(self.tables) < self.capacity:
+            if len(self.tables) <= goal:
                 return
             if not table.dirty:
                 del self.tables[host]
