@@ -78,6 +78,7 @@ class Policy(NamedTuple):
     :ivar mode: "allow", "deny", or "below" the given ``folders``
     :ivar allow_references: ``json:`` and protocol names as backing files
     :ivar max_size: largest virtual size accepted, bytes; 0 for the format's own limit
+    :ivar max_bitmaps: most dirty bitmaps accepted; 0 for the format's own limit
     :ivar max_iterations: of key derivation, that the header of an encrypted image may ask for
     """
 
@@ -85,12 +86,13 @@ class Policy(NamedTuple):
     folders: tuple[str, ...] = ()
     allow_references: bool = False
     max_size: int = 0
+    max_bitmaps: int = 0
     max_iterations: int = 100_000_000
 
     @classmethod
     def untrusted(cls, max_size: int = 16 << 40) -> Policy:
         """For images nobody vouches for: nothing they name is opened."""
-        return cls("deny", max_size=max_size)
+        return cls("deny", max_size=max_size, max_bitmaps=64)
 
     def check(self, name: str, path: str | None, what: str, where: str) -> None:
         """:param name: as the image has it

@@ -31,6 +31,8 @@ _STEP: Final = 1 << 20
 """Bytes of bits read or written at once."""
 _EXTENSION_BYTES: Final = 24
 _AUTOCLEAR_AT: Final = 88
+_ONES_SHARE: Final = 128
+"""Bits that are all set take this part of the memory others do."""
 _HEADING: Final = 8
 """Type and length of a header extension."""
 
@@ -63,9 +65,9 @@ def read_table(node: Qcow2Node, entry: BitmapEntry) -> array[int]:
 
 
 def load_bits(node: Qcow2Node, entry: BitmapEntry, bitmap: Bitmap, budget: int) -> int:
-    """Join the stored bits to ``bitmap``; bytes read.
+    """Join the stored bits to ``bitmap``; about how many bytes of memory they take.
 
-    :param budget: how many may be
+    :param budget: how many they may
     :raises ImageError: they are not there, are too many, or do not fit the disk's size
     """
     size = node.cluster_size
@@ -75,16 +77,16 @@ def load_bits(node: Qcow2Node, entry: BitmapEntry, bitmap: Bitmap, budget: int) 
     table = read_table(node, entry)
     done = 0
     for first, count, host in _stored_runs(table, size):
+        length = min(count * size, bitmap.byte_length - first * size)
+        done += length if host else -(-length // _ONES_SHARE)
+        if done > budget:
+            raise ImageError("the bitmaps of the image are too large to be loaded together", where=node.filename)
         if not host:
             bitmap.load_ones(first * size * 8, (first + count) * size * 8)
             continue
-        length = min(count * size, bitmap.byte_length - first * size)
-        done += length
         if host + length > node.file.size:
             raise ImageError(f"bits of bitmap {entry.name!r} at {host:#x} lie behind the end of the file",
                              where=node.filename)  # fmt: skip
-        if done > budget:
-            raise ImageError("the bitmaps of the image are too large to be loaded together", where=node.filename)
         data = bytearray(length)
         node.file.read_into(host, memoryview(data))
         bitmap.load(first * size, data)

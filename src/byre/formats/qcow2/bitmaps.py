@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["StoredBitmaps", "store_of"]
 
 LOADED_LIMIT: Final = 1 << 30
-"""Bytes of bits that all bitmaps of an image together may have in its file to be loaded."""
+"""Bytes of memory that the bits of all bitmaps of an image may take together to be loaded."""
 _LEAST_DEFAULT: Final = 4096
 _MOST_DEFAULT: Final = 65536
 
@@ -138,6 +138,7 @@ class StoredBitmaps:
             try:
                 self._loaded += disk.load_bits(node, entry, bitmap, LOADED_LIMIT - self._loaded)
             except ImageError:
+                bitmap.clear_all()
                 bitmap.inconsistent = True
         bitmap.modified = False
         row.bitmap = bitmap

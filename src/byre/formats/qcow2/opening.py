@@ -62,7 +62,10 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
 
             repair_dirty(node)
         if node.has_bitmaps() and not (node.read_only or flags.check):
-            node.bitmap_store()  # before anything is written, a directory that makes no sense is refused
+            # A directory that makes no sense is refused before anything is written.
+            count, most = len(node.bitmap_store().entries()), request.opener.policy.max_bitmaps
+            if most and count > most:
+                raise ImageError(f"the image has {count} bitmaps, allowed are {most} for an untrusted image", where=where)
     return node
 
 
