@@ -6,6 +6,7 @@ import json
 import random
 import struct
 import subprocess
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -438,6 +439,77 @@ def test_a_table_of_the_wrong_length_or_extra_data_nobody_knows(memory: MemoryNo
     kept = entries(memory)
     assert kept["follows"].extra == b"?" * 8
     assert (kept["rests"].extra, kept["rests"].flags) == (b"!" * 8, layout.BITMAP_EXTRA_COMPATIBLE)
+
+
+def test_bits_that_take_too_much_memory(memory: MemoryNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_image(detached(memory)) as image:
+        for name in ("ones", "more ones", "bits"):
+            store(image).add(name, 512, enabled=False).set(0, SIZE if "ones" in name else SIZE - 512)
+    monkeypatch.setattr("byre.formats.qcow2.bitmaps.LOADED_LIMIT", 2048 + 512 + 32)
+    with open_image(detached(memory), read_only=True) as image:
+        usable = [bitmap.name for bitmap in store(image).all() if not bitmap.inconsistent]
+        # Clean ones take nothing, ones of which everything is dirty nearly nothing.
+        assert usable == ["follows", "ones", "more ones", "bits"] or usable[:2] == ["follows", "rests"]
+        assert len(usable) < 5
+
+
+def test_an_untrusted_image_may_have_few(memory: MemoryNode) -> None:
+    with open_image(detached(memory)) as image:
+        for number in range(63):
+            store(image).add(f"b{number}")
+    with pytest.raises(ImageError, match="65 bitmaps, allowed are 64"):
+        open_image(detached(memory), policy=byre.Policy.untrusted())
+    open_image(detached(memory)).close()
+
+
+def test_many_threads(memory: MemoryNode) -> None:
+    """Writers, and somebody who adds, changes and removes bitmaps meanwhile: no lock is waited for in a ring."""
+    with open_image(detached(memory)) as image:
+        image.write(0, bytes(SIZE))
+        store(image).find("follows").clear_all()
+        before = image.read(0, SIZE)
+        stop = threading.Event()
+        errors: list[BaseException] = []
+
+        def write(seed: int) -> None:
+            chooser = random.Random(seed)
+            try:
+                while not stop.is_set():
+                    offset = chooser.randrange(SIZE - 5000)
+                    match chooser.randrange(4):
+                        case 0:
+                            image.write_zeroes(offset, 5000, unmap=True)
+                        case 1:
+                            image.discard(offset, 5000)
+                        case _:
+                            image.write(offset, chooser.randbytes(chooser.randrange(1, 5000)))
+            except BaseException as error:
+                errors.append(error)
+
+        writers = [threading.Thread(target=write, args=(seed,)) for seed in range(3)]
+        for writer in writers:
+            writer.start()
+        for number in range(40):
+            made = store(image).add("made", 512)
+            store(image).find("rests").enable()
+            store(image).find("rests").disable()
+            made.merge(store(image).find("follows"))
+            store(image).find("follows").freeze()
+            time.sleep(0.002)
+            store(image).find("follows").reclaim()
+            if number % 2:
+                made.clear_all()
+            store(image).remove("made")
+        stop.set()
+        for writer in writers:
+            writer.join()
+        assert not errors
+        after = image.read(0, SIZE)
+    with open_image(detached(memory), read_only=True) as image:
+        follows = store(image).find("follows")
+        for at in range(0, SIZE, CLUSTER):
+            assert before[at : at + CLUSTER] == after[at : at + CLUSTER] or follows.get(at), hex(at)
+    sound(memory)
 
 
 # -- any sequence, against a model ----------------------------------------------------------------
