@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,17 @@ def test_preallocation_that_fails_leaves_a_sound_image(tmp_path: Path, qemu_img:
     with byre.open(path) as image:
         assert image.read(0, 4) == b"kept"
         assert image.read(4, image.size - 4) == bytes(image.size - 4)
+
+
+@pytest.mark.parametrize(("mode", "written"), [("full", True), ("falloc", False)])
+def test_new_space_is_written_or_reserved(tmp_path: Path, mode: str, written: bool) -> None:
+    path = make(tmp_path, 1 << 20, cluster_size=65536)
+    with byre.open(path, read_only=False) as image:
+        image.resize(4 << 20, preallocation=mode)
+        table = image.node.extents(1 << 20, 3 << 20)
+    assert Path(path).stat().st_blocks * 512 >= 3 << 20
+    if written:
+        with open(path, "rb") as file:
+            for extent in table:
+                assert os.lseek(file.fileno(), extent.host, os.SEEK_DATA) == extent.host
+                assert os.lseek(file.fileno(), extent.host, os.SEEK_HOLE) >= extent.host + extent.length

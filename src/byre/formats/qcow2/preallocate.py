@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...io import engine
+from ...io.buffers import zero_view
 from ...io.extent import MAY_UNMAP
+from ...typing import TYPE_CHECKING, Final
 from ...units import align_up
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .image import Qcow2Node
 
 __all__ = ["preallocate"]
+
+_STEP: Final = 1 << 20
 
 
 def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
@@ -46,9 +48,10 @@ def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
 
 
 def _fill(node: Qcow2Node, placement: Placement, mode: str) -> None:
-    """Make the space read as zeroes."""
+    """Make the space read as zeroes; its blocks are reserved or written, as the mode says."""
     target = node.sources[placement.source].node
     if mode == "full":
-        target.write_zeroes(placement.host, placement.length)
-    elif not placement.zeroed:
+        for start in range(0, placement.length, _STEP):
+            target.write_from(placement.host + start, zero_view(min(_STEP, placement.length - start)))
+    elif mode == "falloc" or not placement.zeroed:
         target.write_zeroes(placement.host, placement.length, 0 if mode == "falloc" else MAY_UNMAP)
