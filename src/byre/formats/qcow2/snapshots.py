@@ -313,7 +313,8 @@ def create(
             operation.flag_active_l1(np.zeros(len(l1), bool))
             node.file.flush()
             operation.switch_table(longer, offset)
-            vmstate.drop(node)
+            if vm_state_size:
+                vmstate.drop(node)
 
         operation.run(change)
         return shot
@@ -330,7 +331,7 @@ def apply(node: Qcow2Node, name: str) -> None:
     :raises Busy: the image has persistent dirty bitmaps, which could not follow
     """
     with _operation(node) as operation:
-        if read_bitmaps(node):
+        if read_bitmaps(node) or (node.tracker is not None and node.tracker.bitmaps):
             raise Busy("a snapshot cannot be applied to an image with dirty bitmaps", where=node.filename,
                        hint="remove the bitmaps")  # fmt: skip
         shot = operation.snapshots[find(operation.snapshots, name)]
