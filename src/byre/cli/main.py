@@ -28,10 +28,11 @@ EXIT_TERMINATED: Final = 143
 
 PEERS: Final = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon")
 IMAGE_VERBS: Final = (
-    "bench", "bitmap", "check", "compare", "convert", "create", "dd", "info", "map", "measure", "resize", "snapshot",
+    "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure", "rebase",
+    "resize", "snapshot",
 )  # fmt: skip
 OWN_VERBS: Final = ("formats", "io", "links")
-LATER_VERBS: Final = ("amend", "commit", "rebase")
+LATER_VERBS: Final = ("amend",)
 LATER_OWN_VERBS: Final = ("daemon", "serve")
 
 

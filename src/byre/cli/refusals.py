@@ -13,8 +13,6 @@ _PEER_RELEASE: Final = "10.0.0"
 
 _MISSING: Final = {
     "amend": "changing options of an existing image",
-    "commit": "committing an overlay into its backing file",
-    "rebase": "changing the backing file of an image",
     "serve": "the NBD server",
     "daemon": "the storage daemon",
     "qemu-nbd": "the NBD server",
@@ -27,6 +25,7 @@ _VERBS: Final = """\
   bitmap (--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b SOURCE_FILE [-F SOURCE_FMT]] \
 [-g GRANULARITY] [--object DEF] [--image-opts | -f FMT] FILENAME BITMAP
   check [--object DEF] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all] [-T SRC_CACHE] [-U] FILENAME
+  commit [--object DEF] [--image-opts] [-q] [-f FMT] [-t CACHE] [-b BASE] [-d] [-r RATE_LIMIT] [-p] FILENAME
   compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
 [-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] \
@@ -39,6 +38,8 @@ _VERBS: Final = """\
 FILENAME
   measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size SIZE | [--object DEF] [--image-opts] [-f FMT] \
 [-l SNAPSHOT_PARAM] FILENAME]
+  rebase [--object DEF] [--image-opts] [-U] [-q] [-f FMT] [-t CACHE] [-T SRC_CACHE] [-p] [-u] [-c] -b BACKING_FILE \
+[-F BACKING_FMT] FILENAME
   resize [--object DEF] [--image-opts] [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILENAME [+|-]SIZE
   snapshot [--object DEF] [--image-opts] [-f FMT] [-q] [-U] [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] FILENAME
 """
@@ -49,7 +50,7 @@ _OWN_VERBS: Final = """\
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
 """
 
-_LATER: Final = "Not yet: amend, commit, rebase"
+_LATER: Final = "Not yet: amend"
 
 
 def version(prog: str) -> str:

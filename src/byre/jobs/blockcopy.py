@@ -59,6 +59,7 @@ class CopySettings(NamedTuple):
     :ivar offload: let the system copy from file to file where it can
     :ivar salvage: called with a sentence for each sector that cannot be read and becomes zeroes
     :ivar whole_total: progress counts the disk, holes included, not only what is copied
+    :ivar unmap: the space of what is zeroed may be given back, also where ``sparse`` is 0
     """
 
     sparse: int = 4096
@@ -70,6 +71,7 @@ class CopySettings(NamedTuple):
     offload: bool = False
     salvage: Callable[[str], None] | None = None
     whole_total: bool = True
+    unmap: bool = False
 
 
 class SourceDisk:
@@ -254,7 +256,7 @@ class BlockCopy:
             view = buffer[position : position + length]
             position += length
             self._read(offset, view)
-            for start, size, is_data in data_runs(view, offset, self.settings.sparse, self._unit, self._alignment):
+            for start, size, is_data in self.runs(offset, view, length):
                 writes.append(_Write(offset + start, size, view[start : start + size] if is_data else None))
         return buffer, writes
 
@@ -279,8 +281,7 @@ class BlockCopy:
 
     def _compress_clusters(self, offset: int, length: int, view: memoryview, writes: list[_Write]) -> None:
         cluster = self._cluster
-        runs = data_runs(view, offset, cluster) if self.settings.sparse else [(0, len(view), True)]
-        for start, size, is_data in runs:
+        for start, size, is_data in self.runs(offset, view, length):
             if not is_data:
                 writes.append(_Write(offset + start, min(size, length - start)))
                 continue
@@ -297,6 +298,17 @@ class BlockCopy:
             writes[-1] = last._replace(length=last.length + length)
         else:
             writes.append(_Write(offset, length, None, [payload]))
+
+    def runs(self, offset: int, view: memoryview, length: int) -> list[tuple[int, int, bool]]:
+        """What becomes of ``length`` bytes of the disk from ``offset``, which were read into ``view`` (padded with
+        zeroes to whole clusters for compression): ``(start, length, is_data)`` of ranges to write or to zero.
+
+        A job that does not write everything it reads leaves ranges out; for compression they are whole clusters.
+        """
+        settings = self.settings
+        if not settings.compress:
+            return data_runs(view, offset, settings.sparse, self._unit, self._alignment)
+        return data_runs(view, offset, self._cluster) if settings.sparse else [(0, len(view), True)]
 
     def _read(self, offset: int, view: memoryview) -> None:
         try:
@@ -329,6 +341,7 @@ class BlockCopy:
         """Deliver; bytes written."""
         target = self.target
         zero_init = self.settings.zero_init
+        unmap = self.settings.unmap or self.settings.sparse > 0
         moved = 0
         offset = 0
         try:
@@ -341,7 +354,7 @@ class BlockCopy:
                     target.write_compressed_clusters(offset, payloads)
                     moved += length
                 elif not zero_init:
-                    target.write_zeroes(offset, length, unmap=self.settings.sparse > 0)
+                    target.write_zeroes(offset, length, unmap=unmap)
         except ByreError as error:
             raise _at(error, "writing", offset) from error
         return moved

@@ -1,0 +1,134 @@
+"""commit: what an overlay (and the layers between) holds goes down into a backing file.
+
+Decides here, window by window, what is copied and what becomes zeroes; the copying itself is in ``blockcopy``.
+The base is the only file that an image names and byre writes to, and it is only while a job of this kind runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import AccessDenied, ByreError, InvalidArgument
+from ..graph import chain
+from ..image import Image
+from ..io.extent import UNALLOCATED, ZERO
+from . import blockcopy
+from .blockcopy import BlockCopy, CopySettings, Segment, SourceDisk
+from .holes import split_at_holes
+from .job import Job
+from .stride import Stride
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..graph.node import Node
+    from .job import Control
+
+__all__ = ["CommitJob", "check_base"]
+
+
+class CommitJob(Job):
+    """Copy what the layers of ``top`` above ``base`` hold into ``base``, which then reads as ``top`` does.
+
+    A base that is shorter grows. The base is durable before anything of the overlay is given up, so that ``top``
+    reads the same after a crash at any moment. Layers between the two read differently afterwards.
+
+    :param top: open for writing with its chain; nobody else writes to it meanwhile
+    :param base: a layer below it
+    :param empty: afterwards the top layer holds nothing, if its format can do that
+    :raises ByreError: as :func:`check_base` says
+    """
+
+    kind = "commit"
+
+    def __init__(self, top: Image, base: Node, *, empty: bool = True, speed: int = 0, measure: bool = False) -> None:
+        super().__init__(speed=speed, measure=measure)
+        check_base(top, base)
+        self.top = top
+        self.base = base
+        self.empty = empty
+        self._was_read_only = base.read_only
+        self._handle: Image | None = None
+
+    def run(self, control: Control) -> None:
+        target = self._open_base()
+        if target.size < self.top.size:
+            target.resize(self.top.size)
+        control.total = self.top.size
+        if control.measure:
+            control.total = sum(segment.length for segment in self._plan() if segment.action == blockcopy.COPY)
+        # Data stays data, as in the overlay: looking for zeroes in it would cost more than it saves.
+        settings = CopySettings(sparse=0, unmap=True, whole_total=not control.measure)
+        BlockCopy(SourceDisk([self.top]), target, settings).run(self._plan(), control)
+        target.flush()
+        top = chain.skip_filters(self.top.node)
+        make_empty = getattr(top, "make_empty", None)
+        if self.empty and make_empty is not None:
+            make_empty()
+            self.top.flush()
+
+    def _open_base(self) -> Image:
+        """The base as a writable image.
+
+        :raises ByreError: the file cannot be opened for writing
+        """
+        handle = self._handle = Image(self.base, self.top.graph, name="the commit job")
+        try:
+            handle.reopen(read_only=False)
+        except ByreError as error:
+            error.message = f"cannot open the backing file for writing: {error.message}"
+            raise
+        return handle
+
+    def clean(self) -> None:
+        handle = self._handle
+        if handle is None:
+            return
+        try:
+            if self._was_read_only and not handle.read_only:
+                handle.reopen(read_only=True)
+        finally:
+            handle.close()
+
+    def _plan(self) -> Iterator[Segment]:
+        """What the layers above the base hold; what they do not is in the base already."""
+        top = self.top.node
+        stride = Stride([top])
+        for offset, length in stride.windows(0, self.top.size):
+            starts, stops, actions = _window(top, self.base, offset, length)
+            stride.saw(len(starts))
+            yield from map(Segment, starts.tolist(), (stops - starts).tolist(), actions.tolist())
+
+
+def _window(top: Node, base: Node, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64],
+                                                                       NDArray[np.uint8]]:  # fmt: skip
+    """(starts, ends, actions) of what to do in a window, neighbours of a kind joined."""
+    import numpy as np
+
+    found, in_hole = split_at_holes(top, chain.allocated_above(top, base, offset, length))
+    held = found.kind != UNALLOCATED
+    actions = np.where((found.kind == ZERO) | in_hole, blockcopy.ZERO, blockcopy.COPY).astype(np.uint8)[held]
+    starts, stops = found.offset[held], (found.offset + found.length)[held]
+    if len(starts) < 2:
+        return starts, stops, actions
+    apart = (starts[1:] != stops[:-1]) | (actions[1:] != actions[:-1])
+    first = np.append(True, apart)
+    return starts[first], stops[np.append(apart, True)], actions[first]
+
+
+def check_base(top: Image, base: Node) -> None:
+    """:raises InvalidArgument: ``base`` is not below ``top``, or ``top`` is read-only
+    :raises AccessDenied: the format of the base is a guess: it is read as that, but not written
+    """
+    layers = chain.layers(top.node)
+    if base not in layers[1:]:
+        raise InvalidArgument("the base is not below the image", where=base.filename)
+    above = layers[layers.index(base) - 1]
+    recorded: str = getattr(above, "backing_format", "")
+    named: str = getattr(above, "backing_name", "")
+    if named and not recorded and not hasattr(above, "backing_override"):
+        raise AccessDenied("the format of this backing file is not recorded, so it is not written to",
+                           where=base.filename, hint="record it: rebase -u -b FILENAME -F FORMAT")  # fmt: skip
