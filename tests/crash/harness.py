@@ -123,7 +123,10 @@ def judge(recording: Recording, state: CrashState, *, thorough: bool = False) ->
     story = f"{'+'.join(recording.names)}: {state.story}"
     data = state.disks["image"].to_bytes()
     external = state.disks["data"].to_bytes() if "data" in state.disks else None
-    findings = walk(data)
+    try:
+        findings = walk(_mended(recording, data, external) if _is_dirty(data) else data)
+    except ByreError as error:
+        raise Bad(f"{story}\ncannot be mended: {error}") from error
     if findings.damage or findings.copied:
         raise Bad(f"{story}\n" + "\n".join((findings.damage + findings.copied)[:5]))
     try:
@@ -139,6 +142,22 @@ def judge(recording: Recording, state: CrashState, *, thorough: bool = False) ->
             _use(recording, data, external, found, story)
         except ByreError as error:
             raise Bad(f"{story}\ncannot be used: {error}") from error
+
+
+def _is_dirty(data: bytes) -> bool:
+    """Whether the image says that its reference counts are not to be believed (incompatible feature bit 0)."""
+    return data[7] >= 3 and bool(data[79] & 1)
+
+
+def _mended(recording: Recording, data: bytes, external: bytes | None) -> bytes:
+    """What opening a dirty image for writing makes of it."""
+    with recording.setup.open(data, external) as image:
+        node = image.graph.find(image.node.children["file"].node.name)
+    assert isinstance(node, MemoryNode)
+    mended = node.to_bytes()
+    if _is_dirty(mended):
+        raise Bad("the image is dirty after it was mended")
+    return mended
 
 
 def compare(recording: Recording, state: CrashState, found: bytes, story: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from time import monotonic
 
 from ..typing import TYPE_CHECKING, Final
 
@@ -96,6 +97,8 @@ class TableCache:
     :param length: bytes of a table
     :param capacity: how many tables may be kept
     :param words: tables of 64-bit entries rather than bytes
+    :ivar vet: called with the host offset of a table about to be written; raises if it must not be
+    :ivar clean_interval: seconds after which a clean table that was not used is dropped; 0 for never
     :ivar report: told ``load_event`` and ``update_event`` before a table is read or written
     """
 
@@ -109,6 +112,9 @@ class TableCache:
         self.tables: dict[int, Table] = {}
         self.dirty: dict[int, Table] = {}
         self._relieve = relieve
+        self.vet: Callable[[int], None] | None = None
+        self.clean_interval = 0
+        self._cleaned = monotonic()
         self.report: Callable[[str], None] | None = None
 
     def get(self, host: int) -> Table:
@@ -159,6 +165,8 @@ class TableCache:
         count = len(self.dirty)
         for host in sorted(self.dirty):
             table = self.dirty[host]
+            if self.vet is not None:
+                self.vet(host)
             if self.report is not None:
                 self.report(self.update_event)
             for start, end in page_runs(table.dirty, self.length):
@@ -167,7 +175,21 @@ class TableCache:
         self.dirty.clear()
         return count
 
+    def clean(self) -> None:
+        """If it is time: drop clean tables that were not used since the last time. No thread does that by itself."""
+        now = monotonic()
+        if not self.clean_interval or now - self._cleaned < self.clean_interval:
+            return
+        self._cleaned = now
+        for host, table in list(self.tables.items()):
+            if table.used:
+                table.used = False
+            elif not table.dirty:
+                del self.tables[host]
+
     def _make_room(self) -> None:
+        if self.clean_interval:
+            self.clean()
         if len(self.tables) < self.capacity:
             return
         if len(self.dirty) >= self.capacity - 1:

@@ -433,7 +433,7 @@ def test_a_table_of_the_wrong_length_or_extra_data_nobody_knows(memory: MemoryNo
         header = node.header
     memory.write_from(0, memoryview(layout.header_bytes(header, known)))
     memory.write_from(place, memoryview(data))
-    with open_image(detached(memory)) as image:
+    with open_image(detached(memory), options={"overlap-check": "none"}) as image:  # nothing counts the directory
         assert [bitmap.inconsistent for bitmap in store(image).all()] == [True, False, True]
         store(image).find("rests").set(0, 1)
     kept = entries(memory)

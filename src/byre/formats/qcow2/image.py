@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ...jobs.job import Control
     from ...options import OptionValues
     from ..encryption import NodeArea
+    from .overlap import Guard
 
 __all__ = ["Qcow2Node"]
 
@@ -77,7 +78,9 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         self.refcounts: Refcounts | None = None
         self.report = file.debug_event if file.takes_events else None
         self._writing = False
-        self._freed: list[tuple[int, int]] = []
+        #: Reference counts may wait; the dirty bit on disk is this node's own.
+        self.lazy_refcounts = self.marked_dirty = False
+        self.guard: Guard | None = None
         self._dropping = "other"
         self.init_snapshots()
         self._decompress: Callable[[memoryview, memoryview], None] | None = None
@@ -117,6 +120,8 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         self.loaded_snapshot = None
         if not self.read_only:
             self.load_refcounts()
+        elif self.runtime.given:
+            self.tune()
 
     def _check_present(self, name: str, offset: int, size: int) -> None:
         """:raises ImageError: a table lies past the end of the file, where it would read as if nothing were mapped"""
@@ -129,30 +134,22 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         self._check_present("refcount table", header.refcount_table_offset, header.refcount_table_clusters)
         self.refcounts = Refcounts(
             self.file, header.cluster_bits, header.refcount_order, header.refcount_table_offset,
-            header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self._metadata_at, self.filename,
+            header.refcount_table_clusters, self._relieve, self._publish_refcount_table, self._metadata_at,
+            self.filename,
         )  # fmt: skip
         self.refcounts.on_failure = self.fail_stop
         self.mapping.refcounts = self.refcounts
+        self.tune()
 
     def _metadata_at(self, first: int, count: int) -> str:
         """What known metadata lies in ``count`` clusters from ``first``, "" if none: it must not be given away."""
-        header, bits = self.header, self.header.cluster_bits
-        end = first + count
-        if first == 0:
-            return "the header"
-        for name, offset, length in (
-            ("the L1 table", header.l1_table_offset, header.l1_size * 8),
-            ("the refcount table", header.refcount_table_offset, header.refcount_table_clusters << bits),
-            ("the snapshot table", header.snapshots_offset, 1 if header.nb_snapshots else 0),
-        ):
-            if length and first <= (offset + length - 1) >> bits and offset >> bits < end:
-                return name
-        for host in range(first << bits, end << bits, self.cluster_size):
-            if host in self.mapping.l2.tables:
-                return "an L2 table"
-            if self.refcounts is not None and host in self.refcounts.blocks.tables:
-                return "a refcount block"
-        return ""
+        return self.guard.at(first, count) if self.guard is not None else ""
+
+    def tune(self) -> None:
+        """Take over the run-time options; lock held."""
+        from .runtime import tune
+
+        tune(self)
 
     def invalidate(self) -> None:
         """Write back and forget every cached table, then read header and tables again from the file."""
@@ -160,7 +157,7 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
 
         with self.lock:
             if not self.read_only:
-                self._guarded(self.write_back)
+                self._guarded(self.settle)
             reread(self)
 
     # -- lookup -----------------------------------------------------------------------------------
@@ -348,13 +345,18 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
             self.data_file.write_zeroes(offset, min(length, self._size - offset), 0 if keep else MAY_UNMAP)
             kind = KIND_ZERO
         try:
-            return self.mapping.unmap(offset, length, kind, keep)
+            done = self.mapping.unmap(offset, length, kind, keep)
         except Corrupt as error:
             self._mark_corrupt(error)
             raise
+        if self.mapping.kept:
+            from .writeback import punch_kept
+
+            self._guarded(lambda: punch_kept(self))
+        return done
 
     def _free(self, first: int, count: int) -> None:
-        """Host clusters nothing in the tables refers to any more: lowered once that is on disk and no request uses them."""
+        """Nothing in the tables refers to these clusters: lowered once that is on disk and no request uses them."""
         refcounts = self.refcounts
         assert refcounts is not None
         punch = self._dropping
@@ -363,56 +365,15 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
     # -- write-back: the order of RELIABILITY 2.3 -------------------------------------------------
 
     def write_back(self) -> None:
-        """Refcounts | L2 tables | L1 table | lowered refcounts, with a flush at each ``|`` that something precedes."""
-        refcounts, mapping = self.refcounts, self.mapping
-        if refcounts is None:
-            return
-        frees, refcounts.ready = refcounts.ready, []
-        refcounts.write_back()
-        # A flush with nothing to flush costs nothing; what an earlier round wrote may still be on its way.
-        if mapping.dirty:
-            self._flush_data()
-            if mapping.l2.write_dirty() and mapping.l1_dirty:
-                self.file.flush()
-            if mapping.l1_dirty:
-                mapping.write_l1()
-        if frees:
-            self.file.flush()
-            self._lower(frees)
+        from .writeback import write_back
 
-    def _flush_data(self) -> None:
-        """Everything L2 tables are about to name is on disk: refcounts, and data in new clusters."""
-        if self.data_file is not None:
-            self.data_file.flush()
-        self.file.flush()
+        self._guarded(lambda: write_back(self))
 
-    def _lower(self, frees: list[tuple[int, int, str]]) -> None:
-        refcounts = self.refcounts
-        assert refcounts is not None
-        holes: list[tuple[int, int]] = []
-        for reason in ("request", "other"):
-            freed = refcounts.lower([(first, count) for first, count, why in frees if why == reason])
-            self._forget(freed)
-            if self._punches(reason):
-                holes += freed
-        refcounts.write_back()
-        if holes:
-            # A hole may be there before the count is lowered on disk, but never before the mapping is gone.
-            for host, length in holes:
-                self.file.discard(host, length)
+    def settle(self) -> None:
+        """Write everything back, also reference counts that may wait; lock held."""
+        from .writeback import settle
 
-    def _forget(self, freed: list[tuple[int, int]]) -> None:
-        """No cached table lies in clusters that are free."""
-        from bisect import bisect_right
-
-        assert self.refcounts is not None
-        runs = sorted(freed)
-        starts = [start for start, _ in runs]
-        for cache in (self.mapping.l2, self.refcounts.blocks):
-            for host in list(cache.tables):
-                index = bisect_right(starts, host) - 1
-                if index >= 0 and host < sum(runs[index]):
-                    cache.forget(host)
+        settle(self)
 
     def _punches(self, reason: str) -> bool:
         """Whether freed space is given back to the file system ("pass-discard-request", "-snapshot", "-other")."""
@@ -423,7 +384,9 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
 
     def _relieve(self) -> None:
         """A cache is full of changed tables."""
-        self._guarded(self.write_back)
+        from .writeback import write_back
+
+        self._guarded(lambda: write_back(self, counts=True))
 
     def _publish_refcount_table(self, offset: int, clusters: int) -> None:
         """Header bytes 48 to 59, in one sector, durable."""
@@ -470,9 +433,11 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
 
             check_options(options, self.header, self.filename)
         with self.lock:
+            if not self.read_only:
+                self._guarded(self.settle)
             if flags.read_only and not self.read_only:
-                self._guarded(self.write_back)
                 self.store_bitmaps()
+                self._guarded(self.settle)
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
@@ -488,6 +453,8 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
                 self._bitmaps.set_read_only(self.read_only)
             if was_read_only and not self.read_only:
                 self.load_refcounts()
+            else:
+                self.tune()
 
     def reopen_finish(self) -> None:
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not self.read_only:
@@ -500,6 +467,7 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         with self.lock:
             if not self.read_only and self.failure is None:
                 self.store_bitmaps()
+                self._guarded(self.settle)
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ

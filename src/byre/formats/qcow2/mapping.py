@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from ...graph.node import Node
     from ...io.extentmap import ExtentMap
     from .layout import Header
+    from .overlap import Guard
     from .refcounts import Refcounts
 
 __all__ = ["Mapping"]
 
 _CACHE_BYTES: Final = 32 << 20
+_HARMLESS_LIMIT: Final = 1 << 16
 _BULK: Final = 150
 """From this many entries on, numpy is quicker than a loop."""
 
@@ -74,6 +76,12 @@ class Mapping:
         self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
         self._free = free
         self.refcounts: Refcounts | None = None  # set for writing
+        self._guard: Guard | None = None
+        #: Host clusters that were found to be no metadata.
+        self._harmless: set[int] = set()
+        #: A discarded cluster keeps its space ("discard-no-unref"); where, is noted for the caller.
+        self.keep_discarded = False
+        self.kept: list[int] = []
         self.has_backing = False
 
     # -- looking ----------------------------------------------------------------------------------
@@ -246,6 +254,29 @@ class Mapping:
         start = np.cumsum(length) - length + guest
         return ExtentMap(start, length, kind.astype(np.uint8), host)
 
+    # -- overlap checks ---------------------------------------------------------------------------
+
+    def use_guard(self, guard: Guard) -> None:
+        """Ask ``guard`` before anything is written."""
+        self._guard = guard
+        self._harmless.clear()
+        self.l2.vet = guard.check_l2
+
+    def _vet(self, host: int, count: int) -> None:
+        """:raises Corrupt: metadata lies in ``count`` clusters from ``host``, which guest data is said to have"""
+        if self._guard is not None and not self.data_file:
+            self._guard.check(host >> self.cluster_bits, count, "guest data")
+
+    def _is_harmless(self, host: int) -> bool:
+        if self._guard is None or host in self._harmless:
+            return True
+        if self._guard.at(host >> self.cluster_bits, 1):
+            return False
+        if len(self._harmless) >= _HARMLESS_LIMIT:
+            self._harmless.clear()
+        self._harmless.add(host)
+        return True
+
     # -- tables for writing -----------------------------------------------------------------------
 
     def table_for_write(self, l1_index: int) -> Table:
@@ -253,6 +284,8 @@ class Mapping:
         entry = self.l1[l1_index]
         host = self._l2_host(l1_index)
         if host and entry & COPIED:
+            if self._guard is not None:
+                self._guard.check_l2(host)
             return self.l2.get(host)
         assert self.refcounts is not None
         if self._report is not None:
@@ -266,6 +299,8 @@ class Mapping:
         return table
 
     def _set_l1(self, index: int, entry: int) -> None:
+        if self._guard is not None:
+            self._guard.l2_moved(self.l1[index] & OFFSET_MASK, entry & OFFSET_MASK)
         self.l1[index] = entry
         self._l1_dirty.add(index * 8 // PAGE)
 
@@ -286,7 +321,7 @@ class Mapping:
         host = word & OFFSET_MASK
         if not word & COPIED or word & (COMPRESSED | ZERO) or not host or host & (self.cluster_size - 1):
             return -1
-        return host + skip
+        return host + skip if self.data_file or self._is_harmless(host) else -1
 
     def reserve(self, offset: int, length: int) -> list[Placement]:
         """Placements from ``offset``, up to the end of its L2 table at most."""
@@ -318,6 +353,7 @@ class Mapping:
         run = 1
         while run < count and self._owned(words[index + run]) and words[index + run] & OFFSET_MASK == host + run * size:
             run += 1
+        self._vet(host, run)
         stop = min(guest + run * size, end)
         if not any(words[number] & ZERO for number in range(index, index + run)):
             return Placement(offset, stop - offset, host + offset - guest)
@@ -328,7 +364,7 @@ class Mapping:
 
     def _reserve_plain(self, words: array[int], offset: int, end: int) -> Placement:
         """One run from ``offset``: in place, in its own space again, or freshly allocated."""
-        bits, size = self.cluster_bits, self.cluster_size
+        bits = self.cluster_bits
         index = offset >> bits & self.l2_mask
         count = (end - 1 >> bits) - (offset >> bits) + 1
         word = words[index]
@@ -378,6 +414,7 @@ class Mapping:
                                               for sub in (first, last - 1))  # fmt: skip
         if word & COPIED and not word & COMPRESSED and (word & OFFSET_MASK or self.data_file):
             host = word & OFFSET_MASK
+            self._vet(host, 1)
             wanted = entries.alloc_bits(first, last)
             if bitmap & wanted == wanted:
                 return Placement(offset, stop - offset, host + offset - guest)
@@ -468,8 +505,11 @@ class Mapping:
         if word & COMPRESSED:
             host, length = entries.compressed_host(word, self.cluster_bits)
             first = host >> self.cluster_bits
-            self._free(first, ((host + length - 1) >> self.cluster_bits) - first + 1)
+            count = ((host + length - 1) >> self.cluster_bits) - first + 1
+            self._vet(host, count)
+            self._free(first, count)
         elif word & OFFSET_MASK and not self.data_file:
+            self._vet(word & OFFSET_MASK, 1)
             self._free((word & OFFSET_MASK) >> self.cluster_bits, 1)
 
     def publish_compressed(self, offset: int, hosts: list[int], lengths: list[int]) -> None:
@@ -522,14 +562,17 @@ class Mapping:
         words = table.words
         assert words is not None
         bits = self.cluster_bits
+        hold = self._holds(keep, full)
         first = offset >> bits & self.l2_mask
         count = ((end - 1) >> bits) - (offset >> bits) + 1
         changed_low = changed_high = -1
         for index in range(first, first + count):
             old = words[index]
-            new = self._unmapped(old, kind, keep, full)
+            new = old | ZERO if hold and self._owned(old) else self._unmapped(old, kind, keep, full)
             if new == old:
                 continue
+            if hold and new & OFFSET_MASK:
+                self.kept.append(new & OFFSET_MASK)
             words[index] = new
             changed_low = index if changed_low < 0 else changed_low
             changed_high = index
@@ -537,6 +580,10 @@ class Mapping:
                 self.drop(old)
         if changed_low >= 0:
             self.l2.mark(table, changed_low * 8, changed_high * 8 + 7)
+
+    def _holds(self, keep: bool, full: bool) -> bool:
+        """Whether clusters keep their place although they need not."""
+        return self.keep_discarded and not keep and not full and not self.data_file
 
     def _unmapped(self, old: int, kind: int, keep: bool, full: bool) -> int:
         """What a standard entry becomes."""
@@ -566,7 +613,10 @@ class Mapping:
             word, bitmap = words[index], words[index + 1]
             first, last = (offset - guest) >> sub_bits, ((stop - guest - 1) >> sub_bits) + 1
             if first == 0 and last == entries.SUBCLUSTERS:
-                new = self._unmapped_extended(word, bitmap, kind, keep, full)
+                held = self._holds(keep, full) and self._owned(word)
+                new = (word, ALL_ZERO) if held else self._unmapped_extended(word, bitmap, kind, keep, full)
+                if held and bitmap != ALL_ZERO:
+                    self.kept.append(word & OFFSET_MASK)
             elif word & COMPRESSED:
                 return offset
             else:
@@ -602,6 +652,8 @@ class Mapping:
         return bool(self._l1_dirty)
 
     def write_l1(self) -> None:
+        if self._guard is not None:
+            self._guard.check_table(self.l1_offset, len(self.l1) * 8, "active-l1")
         if self._report is not None:
             self._report("l1_update")
         for start, end in page_runs(self._l1_dirty, len(self.l1) * 8):

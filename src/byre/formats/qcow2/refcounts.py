@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...graph.node import Node
+    from .overlap import Guard
 
 __all__ = ["Refcounts"]
 
@@ -44,7 +45,7 @@ def _no_failure(_error: BaseException) -> None:
 class Refcounts:
     """Guarded by the node's lock.
 
-    :param guard: called with (first cluster, count); names the metadata that lies there, "" for none
+    :param metadata_at: called with (first cluster, count); names the metadata that lies there, "" for none
     :param publish_table: called with (offset, clusters) to point the header at a new refcount table, durably
     :ivar freed: clusters whose last reference was dropped and written; the caller may punch holes there
     """
@@ -58,7 +59,7 @@ class Refcounts:
         table_clusters: int,
         relieve: Callable[[], None],
         publish_table: Callable[[int, int], None],
-        guard: Callable[[int, int], str],
+        metadata_at: Callable[[int, int], str],
         where: str,
     ) -> None:
         self.file = file
@@ -82,7 +83,8 @@ class Refcounts:
         self._publish_table = publish_table
         #: Told that moving the table failed half way: nothing may be written any more.
         self.on_failure: Callable[[BaseException], None] = _no_failure
-        self._guard = guard
+        self._metadata_at = metadata_at
+        self._guard: Guard | None = None
         self._hint = 0
         self._packed_at = 0  # host offset behind the last compressed cluster, 0 for none
         #: First cluster that never held anything: beyond it the file reads as zeroes.
@@ -90,6 +92,11 @@ class Refcounts:
         #: (first cluster, count, why) whose references were dropped; to be lowered once the tables are on disk.
         self.ready: list[tuple[int, int, str]] = []
         self._zero_fields = _zero_field_table(order) if order < 3 else b""
+
+    def use_guard(self, guard: Guard) -> None:
+        """Ask ``guard`` before anything is written."""
+        self._guard = guard
+        self.blocks.vet = guard.check_block
 
     # -- one count --------------------------------------------------------------------------------
 
@@ -191,7 +198,7 @@ class Refcounts:
         :raises Corrupt: the counts call metadata free
         """
         first = self._find(self._hint, count)
-        structure = self._guard(first, count)
+        structure = self._metadata_at(first, count)
         if structure:
             raise Corrupt(f"the refcounts call host cluster {first} free, but {structure} lies there",
                           where=self.where, hint='run "byre check -r all"')  # fmt: skip
@@ -311,6 +318,8 @@ class Refcounts:
 
     def _set_entry(self, index: int, host: int) -> None:
         self.table[index] = host
+        if self._guard is not None:
+            self._guard.block_made(host)
         self._table_dirty.add(index * 8 // PAGE)
 
     def _grow_table(self, index: int) -> None:
@@ -447,6 +456,8 @@ class Refcounts:
             self._report("refblock_alloc_hookup")
             if wrote:
                 self.file.flush()
+            if self._guard is not None:
+                self._guard.check_table(self.table_offset, self.table_clusters << self.cluster_bits, "refcount-table")
             for start, end in page_runs(self._table_dirty, len(self.table) * 8):
                 self.file.write_from(
                     self.table_offset + start, memoryview(encode_words(self.table[start // 8 : end // 8]))

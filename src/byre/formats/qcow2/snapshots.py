@@ -145,7 +145,7 @@ class _Operation:
             except RefcountOverflow as error:
                 overflow.append(error)
                 self.give_back()
-            self.node.write_back()
+            self.node.settle()
             self.file.flush()
             if not was_dirty:
                 self._set_features(self.node.header.incompatible_features & ~layout.INCOMPATIBLE_DIRTY)
@@ -246,7 +246,7 @@ def _operation(node: Qcow2Node) -> Iterator[_Operation]:
         operation: _Operation | None = None
         try:
             node.check_failure()
-            node._guarded(node.write_back)
+            node._guarded(node.settle)
             node._guarded(node.file.flush)
             node.mapping.l2.drop_all()
             operation = _Operation(node)
