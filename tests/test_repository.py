@@ -187,6 +187,15 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+def test_the_installed_script_loads_nothing_else() -> None:
+    script = ROOT / "scripts" / "byre"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!python\n")  # installers put their interpreter here
+    imported = [line for line in script.read_text().splitlines() if "import " in line and not line.startswith("#")]
+    assert imported == ["import sys", "from byre.cli.main import entry"]
+    assert '"scripts/byre" = "byre"' in (ROOT / "pyproject.toml").read_text()
+
+
 class TestStartUp:
     """Start-up is 60 ms and three times a bare interpreter; each module costs a part of that, numpy all of it."""
 
