@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
 import pytest
 
-from byre.errors import Corrupt
+from byre.errors import Corrupt, IOFailure
 from byre.formats.qcow2.image import Qcow2Node
 from byre.formats.qcow2.refcounts import Refcounts
 from byre.formats.qcow2.refcounts_bulk import RefcountOverflow, add_many, counted, get_many
@@ -22,7 +23,7 @@ def cluster_numbers(values: list[int]) -> np.ndarray:  # type: ignore[type-arg]
 def test_up_and_down(bits: int) -> None:
     chooser = random.Random(bits)
     file = new_image("qcow2", 1 << 20, cluster_size=512, refcount_bits=bits)
-    with open_image(file) as image:
+    with contextlib.suppress(IOFailure), open_image(file) as image:
         node = image.node
         assert isinstance(node, Qcow2Node)
         refcounts = node.refcounts
@@ -46,7 +47,7 @@ def test_up_and_down(bits: int) -> None:
             every = cluster_numbers(sorted(model))
             assert get_many(refcounts, every).tolist() == [refcounts.get(c) for c in sorted(model)] == [
                 model[c] for c in sorted(model)]  # fmt: skip
-        node.failure = RuntimeError("nothing of this is to be written")
+        node.failure = RuntimeError("nothing of this is to be written")  # which closing complains about
 
 
 def test_beyond_all_blocks() -> None:
