@@ -336,10 +336,7 @@ class Image:
     # -- internal snapshots -----------------------------------------------------------------------
 
     def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotEntry:
-        """Keep the disk as it is now inside the image.
-
-        :raises NotSupported: the format has no internal snapshots
-        """
+        """Keep the disk as it is now inside the image, where the format can."""
         return self._alone(lambda holder: holder.create_snapshot(name, icount=icount))
 
     def apply_snapshot(self, name: str) -> None:
@@ -352,11 +349,9 @@ class Image:
 
     def _alone(self, action: Callable[[HasSnapshots], _T]) -> _T:
         """Change snapshots while no handle in the graph has a request under way."""
-        from .formats.abilities import snapshot_holder
+        from .formats.abilities import require_snapshots
 
-        holder = snapshot_holder(self.node)
-        if holder is None:
-            raise NotSupported(f"driver {self.node.driver!r} has no internal snapshots", where=self.filename)
+        holder = require_snapshots(self.node)
         if self.read_only:
             raise ReadOnly("cannot change snapshots: the image is open read-only", where=self.filename)
         with self.graph.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import NotSupported
 from ..typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "HasHoles",
     "HasSnapshots",
     "SnapshotEntry",
+    "require_snapshots",
     "snapshot_holder",
 ]
 
@@ -162,6 +164,14 @@ def snapshot_holder(node: Node) -> HasSnapshots | None:
             return None
         node = node.children["file"].node
     return node
+
+
+def require_snapshots(node: Node) -> HasSnapshots:
+    """:raises NotSupported: :func:`snapshot_holder` finds none"""
+    holder = snapshot_holder(node)
+    if holder is None:
+        raise NotSupported(f"driver {node.driver!r} has no internal snapshots", where=node.filename)
+    return holder
 
 
 @runtime_checkable
