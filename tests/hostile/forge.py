@@ -329,7 +329,7 @@ CASES = (
             Head(incompatible=1 << 40),
             extensions=extension(0x6803F857, b"\0\x28\x1b[31m\x07\xff\n".ljust(48, b"\x9b")),
         ),
-    ),  # fmt: skip
+    ),
     Case("no end of the file", lambda path: write(path, length=8 * TIB), good=True),
     Case("four TiB of nothing", _sparse_4_tib, good=True),
     Case("four TiB file, 512-byte clusters", _sparse_file, good=True),
@@ -353,11 +353,11 @@ CASES = (
         "snapshot extra data of 4 GiB",
         _snapshots(1, struct.pack(">QIHHIIQII", 3 << 16, 1, 1, 1, 0, 0, 0, 0, 0xFFFFFFFF)),
         good=True,
-    ),  # fmt: skip
+    ),
     Case("4000 snapshots of one table", _snapshots(4000, _snapshot_entry(3 << 16, 1) * 4000), good=True),
     Case(
         "escape in a snapshot's name", _snapshots(1, _snapshot_entry(3 << 16, 1, name=b"\x1b[2J\x9b\n\xff")), good=True
-    ),  # fmt: skip
+    ),
     Case("4 billion bitmaps", _bitmaps(0xFFFFFFFF, 64, BITMAP), good=True),
     Case("bitmap directory of exabytes", _bitmaps(1, 1 << 62, BITMAP), good=True),
     Case("bitmap table of a gigabyte", _bitmaps(1, len(BITMAP), BITMAP), good=True),
