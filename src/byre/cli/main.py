@@ -47,6 +47,8 @@ def entry() -> int:
 
     # Start-up makes many objects and no garbage; looking for some takes a twentieth of a short command's time.
     gc.set_threshold(*GC_THRESHOLDS)
+    # numpy's linear algebra, which is not used here, would start a thread per processor that spins for a while.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if sys.argv[1:2] != ["info"]:  # it leaves nothing to tidy up, and is to start fast
         import signal
 
