@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from ..errors import Busy, InvalidArgument, NotSupported
-from .bits import PAGE_BITS, PAGE_BYTES, Bits
+from .bits import PAGE_BITS, PAGE_BYTES, Bits, runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ MAX_GRANULARITY: Final = 1 << 31
 DEFAULT_GRANULARITY: Final = 65536
 _RUNS: Final = 1 << 16
 """About how many runs are given at once."""
+_FEW_RUNS: Final = 256
+"""Runs in a page up to which they are set one by one."""
 
 
 def check_granularity(granularity: int) -> None:
@@ -142,7 +144,11 @@ class Bitmap:
         with self._lock:
             target = self if self._successor is None else self._successor
             if target._enabled:
-                target._set_locked(offset, length)
+                first = offset >> target._shift
+                if (offset + length - 1) >> target._shift != first:
+                    target._set_locked(offset, length)
+                elif target._bits.set_one(first):
+                    target.modified = True
 
     def _set_locked(self, offset: int, length: int) -> None:
         if self._bits.set(max(offset, 0) >> self._shift, (offset + length - 1 >> self._shift) + 1):
@@ -351,8 +357,13 @@ class Bitmap:
         """``data`` holds bits from ``first`` on, of which ``1 << shift`` make one of this bitmap."""
         import numpy as np
 
-        flags = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-        shrunk = np.asarray(flags.reshape(-1, min(1 << shift, PAGE_BITS)).any(axis=1), np.uint8)
+        row = np.frombuffer(data, np.uint8)
+        # Whole bytes where that is enough; single bits else.
+        shrunk, share = (row, shift - 3) if shift >= 3 else (np.unpackbits(row, bitorder="little"), shift)
+        while share > 0 and len(shrunk) > 1:
+            step = min(share, 3, len(shrunk).bit_length() - 1)
+            shrunk = (shrunk.view(f"u{1 << step}") != 0).view(np.uint8)
+            share -= step
         at = first >> shift
         with self._lock:
             if len(shrunk) >= 8:
@@ -365,13 +376,14 @@ class Bitmap:
         """``data`` holds bits from ``first`` on, each of which is ``1 << shift`` of this bitmap."""
         import numpy as np
 
-        flags = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-        if shift >= 5:
-            edges = np.flatnonzero(np.diff(np.concatenate(([0], flags, [0])).astype(np.int8))) + first
+        starts, ends = runs_of(data)
+        if shift >= 5 or len(starts) < _FEW_RUNS:
             with self._lock:
-                for start, end in zip((edges[::2] << shift).tolist(), (edges[1::2] << shift).tolist(), strict=True):
+                low, high = ((starts + first) << shift).tolist(), ((ends + first) << shift).tolist()
+                for start, end in zip(low, high, strict=True):
                     self.modified |= self._bits.set(start, end)
             return
+        flags = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
         spread = np.packbits(np.repeat(flags, 1 << shift), bitorder="little").tobytes()
         with self._lock:
             self.modified |= self._bits.join(first << shift >> 3, spread)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PAGE_BITS", "PAGE_BYTES", "Bits"]
+__all__ = ["PAGE_BITS", "PAGE_BYTES", "Bits", "runs_of"]
 
 PAGE_BYTES: Final = 8192
 PAGE_BITS: Final = PAGE_BYTES * 8
@@ -46,6 +46,18 @@ class Bits:
         if data is None:
             return page in self._full
         return bool(data[at >> 3] >> (at & 7) & 1)
+
+    def set_one(self, bit: int) -> bool:
+        """Set one bit, if it is one of these; whether that changed it. Quicker than :meth:`set`."""
+        data = self._pages.get(bit >> _SHIFT)
+        if data is None:
+            return self.set(bit, bit + 1)
+        at, mask = bit >> 3 & PAGE_BYTES - 1, 1 << (bit & 7)
+        if data[at] & mask or bit >= self.length:
+            return False
+        data[at] |= mask
+        self.count += 1
+        return True
 
     def set(self, first: int, end: int) -> bool:
         """Set bits ``[first, end)``; whether that changed any."""
@@ -206,32 +218,23 @@ class Bits:
             first = self.next(first, end)
             if first >= end:
                 break
-            base = first >> _SHIFT << _SHIFT
+            page = first >> _SHIFT
+            base = page << _SHIFT
             stop = min(base + PAGE_BITS, end)
-            flags = np.zeros(stop - base + 2, np.int8)
-            flags[1:-1] = self._flags(first >> _SHIFT)[: stop - base]
-            flags[1 : 1 + first - base] = 0
-            edges = np.flatnonzero(np.diff(flags)).astype(np.int64) + base
-            starts.append(edges[::2])
-            ends.append(edges[1::2])
-            found += len(edges) // 2
+            if page in self._full:
+                low, high = np.array([first], np.int64), np.array([min(stop, self.length)], np.int64)
+            else:
+                low, high = runs_of(self._pages[page])
+                low, high = np.maximum(low + base, first), np.minimum(high + base, stop)
+                kept = low < high
+                low, high = low[kept], high[kept]
+            starts.append(low)
+            ends.append(high)
+            found += len(low)
             first = stop
         if not starts:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), end
         return (*_joined(np.concatenate(starts), np.concatenate(ends)), first)
-
-    def _flags(self, page: int) -> NDArray[np.uint8]:
-        """One byte for each bit of a page."""
-        import numpy as np
-
-        if page in self._full:
-            flags = np.ones(PAGE_BITS, np.uint8)
-            flags[self._size_of(page) :] = 0
-            return flags
-        data = self._pages.get(page)
-        if data is None:
-            return np.zeros(PAGE_BITS, np.uint8)
-        return np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
 
     # -- bytes ------------------------------------------------------------------------------------
 
@@ -273,10 +276,13 @@ class Bits:
             return
         size = self._size_of(page)
         mine = self._pages.get(page)
-        whole = int.from_bytes(mine or b"", "little") | int.from_bytes(part, "little") << (8 * at)
-        whole &= (1 << size) - 1
+        before = int.from_bytes(mine, "little") if mine is not None else 0
+        more = int.from_bytes(part, "little")
+        whole = before | (more << 8 * at if at else more)
+        if size < PAGE_BITS:
+            whole &= (1 << size) - 1
         found = whole.bit_count()
-        self.count += found - (_ones(mine, 0, size) if mine is not None else 0)
+        self.count += found - before.bit_count()
         if found == size:
             self._pages.pop(page, None)
             self._full.add(page)
@@ -335,6 +341,26 @@ def _find(data: bytearray, low: int, wanted: bool) -> int:
             return PAGE_BITS
         value = data[at] if wanted else data[at] ^ 0xFF
     return at * 8 + (value & -value).bit_length() - 1
+
+
+def runs_of(data: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(starts, ends) of the runs of set bits in a page's bytes."""
+    import numpy as np
+
+    row = np.frombuffer(data, np.uint8)
+    used = np.flatnonzero(row)
+    if len(used) < len(row) // 8:
+        if not len(used):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        index, bit = np.nonzero(np.unpackbits(row[used], bitorder="little").reshape(-1, 8))
+        places = used[index] * 8 + bit
+        border = np.flatnonzero(np.diff(places) != 1)
+        starts = places[np.concatenate(([0], border + 1))]
+        return starts, places[np.concatenate((border, [len(places) - 1]))] + 1
+    flags = np.zeros(len(row) * 8 + 2, np.int8)
+    flags[1:-1] = np.unpackbits(row, bitorder="little")
+    edges = np.flatnonzero(np.diff(flags)).astype(np.int64)
+    return edges[::2], edges[1::2]
 
 
 def _joined(starts: NDArray[Any], ends: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
