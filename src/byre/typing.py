@@ -4,7 +4,8 @@
 each of the programs a script starts. Type checkers see the real thing. At run time annotations are text that
 nobody reads, so most words need no meaning; a :class:`NamedTuple` and ``isinstance`` with a :class:`Protocol` do.
 
-Modules that start-up does not load may import ``typing`` itself.
+Modules that start-up does not load may import ``typing`` itself. A module that defines a NamedTuple here has
+``from __future__ import annotations``, as all have: annotations are not evaluated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final, NamedTuple, Protocol, cast, runtime_checkable
 else:
-    from _collections import _tuplegetter
+    try:
+        from _collections import _tuplegetter
+    except ImportError:  # an interpreter of another make
+
+        def _tuplegetter(index, doc):
+            return property(lambda record: record[index], doc=doc)
 
     Any = Final = None
 
@@ -82,7 +88,10 @@ else:
             return dict(zip(self._fields, self, strict=True))
 
         def _replace(self, /, **changes):
-            return type(self)(**(self._asdict() | changes))
+            replaced = tuple.__new__(type(self), map(changes.pop, self._fields, self))
+            if changes:
+                raise TypeError(f"{type(self).__name__} has no field {', '.join(map(repr, changes))}")
+            return replaced
 
 
 __all__ = ["TYPE_CHECKING", "Any", "Final", "NamedTuple", "Protocol", "cast", "runtime_checkable"]
