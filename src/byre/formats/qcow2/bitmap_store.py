@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .image import Qcow2Node
     from .layout import BitmapEntry
 
-__all__ = ["Batch", "load_bits", "replace_directory", "set_autoclear", "table_length", "update_directory"]
+__all__ = ["Batch", "has_room", "load_bits", "replace_directory", "set_autoclear", "table_length", "update_directory"]
 
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _RESERVED: Final = 0xFF00_0000_0000_01FE
@@ -278,6 +278,14 @@ def _remove_extension(node: Qcow2Node, index: int) -> None:
     node.file.write_from(places[index], memoryview(rest))
     node.file.flush()
     _set_extensions(node, index, [])
+
+
+def has_room(node: Qcow2Node) -> bool:
+    """Whether the first cluster can hold the bitmaps' extension."""
+    if layout.find_extension(node.extensions, layout.EXTENSION_BITMAPS) is not None:
+        return True
+    end = _places(node)[-1] + 2 * _HEADING + _EXTENSION_BYTES
+    return end + node.header.backing_file_size <= node.cluster_size
 
 
 def _append_extension(node: Qcow2Node, extension: layout.Extension) -> None:

@@ -201,6 +201,8 @@ class StoredBitmaps:
             reason = "Too much space will be occupied by the bitmap. Use larger granularity"
         elif len(name.encode("utf-8", "surrogateescape")) > MAX_BITMAP_NAME:
             reason = f"Name length exceeds maximum ({MAX_BITMAP_NAME} characters)"
+        elif not disk.has_room(node):
+            reason = "the header has no room for bitmaps"
         elif len(self._rows) >= MAX_BITMAPS:
             reason = "Maximum number of persistent bitmaps is already reached"
         else:
