@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import AccessDenied, ByreError, InvalidArgument
+from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
 from ..graph import chain
 from ..image import Image
 from ..io.extent import UNALLOCATED, ZERO
@@ -38,7 +38,8 @@ class CommitJob(Job):
 
     :param top: open for writing with its chain; nobody else writes to it meanwhile
     :param base: a layer below it
-    :param empty: afterwards the top layer holds nothing, if its format can do that
+    :param empty: afterwards the top layer holds nothing, if its format can do that. Only with the layer right below
+        as the base: the ones between would show through
     :raises ByreError: as :func:`check_base` says
     """
 
@@ -47,6 +48,8 @@ class CommitJob(Job):
     def __init__(self, top: Image, base: Node, *, empty: bool = True, speed: int = 0, measure: bool = False) -> None:
         super().__init__(speed=speed, measure=measure)
         check_base(top, base)
+        if empty and base is not chain.layers(top.node)[1]:
+            raise InvalidArgument("an image can be emptied only into the layer right below it", where=top.filename)
         self.top = top
         self.base = base
         self.empty = empty
@@ -120,9 +123,12 @@ def _window(top: Node, base: Node, offset: int, length: int) -> tuple[NDArray[np
 
 
 def check_base(top: Image, base: Node) -> None:
-    """:raises InvalidArgument: ``base`` is not below ``top``, or ``top`` is read-only
+    """:raises InvalidArgument: ``base`` is not below ``top``
+    :raises ReadOnly: ``top`` is open read-only
     :raises AccessDenied: the format of the base is a guess: it is read as that, but not written
     """
+    if top.read_only:
+        raise ReadOnly("cannot commit an image that is open read-only", where=top.filename)
     layers = chain.layers(top.node)
     if base not in layers[1:]:
         raise InvalidArgument("the base is not below the image", where=base.filename)

@@ -103,10 +103,12 @@ class RebaseJob(Job):
         if unit == cluster:
             del passes[1:]  # no cluster is allocated in part
         control.total = size * len(passes)
+        # A format that only leaves out what reads as zeroes now, over no backing file, would show the new one there.
+        as_zeroes = getattr(self.node, "has_zero_clusters", False)
         for one in passes:
             settings = CopySettings(sparse=one.unit, compress=one.whole, in_order=True)
             plan = _plan(self.node, self._old, self._below, one)
-            _Differences(old, new, self.overlay, settings, one.unit).run(plan, control)
+            _Differences(old, new, self.overlay, settings, one.unit, as_zeroes).run(plan, control)
 
     def commit(self) -> None:
         """The open overlay goes on with the new chain as well."""
@@ -305,12 +307,15 @@ class _Differences(BlockCopy):
     """Copies the units of ``source`` that differ from ``other``.
 
     :param unit: bytes, a power of two
+    :param as_zeroes: units of zeroes are zeroed, not written
     """
 
-    def __init__(self, source: _Below, other: _Below, target: Image, settings: CopySettings, unit: int) -> None:
+    def __init__(self, source: _Below, other: _Below, target: Image, settings: CopySettings, unit: int,
+                 as_zeroes: bool) -> None:  # fmt: skip
         super().__init__(source, target, settings)
         self._other = other
         self._compared = unit
+        self._as_zeroes = as_zeroes
 
     def runs(self, offset: int, view: memoryview, length: int) -> list[tuple[int, int, bool]]:
         view = view[:length]
@@ -329,8 +334,10 @@ class _Differences(BlockCopy):
             self._buffers.give_back(buffer)
         found = []
         for start, stop in _runs_of(differs, self._compared, length):
-            for at, size, is_data in self._kinds(view[start:stop]):
-                found.append((start + at, size, is_data))
+            if self._as_zeroes:
+                found += [(start + at, size, is_data) for at, size, is_data in self._kinds(view[start:stop])]
+            else:
+                found.append((start, stop - start, True))
         return found
 
     def _kinds(self, view: memoryview) -> list[tuple[int, int, bool]]:

@@ -109,6 +109,11 @@ class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
         # What was allocated but not written yet decrypts to anything.
         return not self.encrypted or not any(self.mapping.l1)
 
+    @property
+    def has_zero_clusters(self) -> bool:
+        """A range can read as zeroes whatever backing file there is, or will be."""
+        return self.header.version >= 3
+
     def load_tables(self) -> None:
         """Read the L1 table, and the refcount table where the image may be written."""
         header = self.header
