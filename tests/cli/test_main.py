@@ -182,7 +182,7 @@ def test_descriptors_closed_at_start_are_not_given_to_an_image(tmp_path: Path, c
         for fd in closed:
             os.close(fd)
 
-    done = subprocess.run(command, preexec_fn=close, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    done = subprocess.run(command, preexec_fn=close, capture_output=True, timeout=30)
     assert path.read_bytes() == bytes(4096)
     assert done.returncode == 1
     assert (1 in closed) == (done.stdout == b"")
@@ -293,3 +293,32 @@ def test_sizes(text: str, size: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(common.InvalidArgument):
         common.size_argument(text, "size")
+
+
+LOSES = """
+import os, signal, sys, time, weakref
+from byre.cli import main
+
+class Thing:
+    pass
+
+def run(arguments):
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.{name}) or [None for _ in range(99)])
+    del thing
+    time.sleep(20)
+    return 0
+
+sys.modules["byre.cli.formats"] = type(sys)("formats")
+sys.modules["byre.cli.formats"].run = run
+sys.argv = ["byre", "formats"]
+main.entry()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_an_interrupt_where_python_drops_exceptions_is_not_lost(name: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES.replace("{name}", name)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (code, "")

@@ -14,6 +14,7 @@ from ..typing import TYPE_CHECKING, Final
 from .common import PROGRAM, HelpRequested, UsageError, report
 
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
     from types import FrameType, ModuleType
 
 __all__ = ["entry", "main", "program_name"]
@@ -50,9 +51,7 @@ def entry() -> int:
     # numpy's linear algebra, which is not used here, would start a thread per processor that spins for a while.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if sys.argv[1:2] != ["info"]:  # it leaves nothing to tidy up, and is to start fast
-        import signal
-
-        signal.signal(signal.SIGTERM, _terminate)
+        _catch_signals()
     code = main(sys.argv[1:], program_name(sys.argv[0]))
     sys.stderr.flush()
     os._exit(code)
@@ -72,8 +71,35 @@ def _open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def _catch_signals() -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else somebody wants it to outlive the terminal
+        signal.signal(signal.SIGHUP, _terminate)
+    # It asks for the progress; also before there is any, and after.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sys.unraisablehook = _not_lost
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise Terminated(number)
+
+
+def _not_lost(lost: UnraisableHookArgs) -> None:
+    """An interrupt may hit where Python drops exceptions (the end of an import, a finalizer): it comes again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    import signal
+
+    number = lost.exc_value.args[0] if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+
+    def again(_alarm: int, _frame: FrameType | None) -> None:
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def program_name(path: str) -> str:
