@@ -17,17 +17,17 @@ from support.images import detached, open_image
 SECRETS = {"s": "correct horse"}
 
 
-def new_encrypted(format: str, size: int, **options: object) -> MemoryNode:
+def new_encrypted(driver_name: str, size: int, /, **options: object) -> MemoryNode:
     """An image made in memory; options of encryption without their prefix and with underscores ("cipher_mode")."""
-    module: Any = import_module(driver(format).module)
-    prefix = "encrypt." if format == "qcow2" else ""
+    module: Any = import_module(driver(driver_name).module)
+    prefix = "encrypt." if driver_name == "qcow2" else ""
     given: dict[str, object] = {"size": size, f"{prefix}key-secret": "s"}
     own = ("cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg", "format", "detached_header")
     for name, value in options.items():
         given[prefix + name.replace("_", "-") if name in own else name] = value
     if given.get("encrypt.format") != "aes":
         given[f"{prefix}iter-time"] = 0
-    values = module.CREATE_OPTIONS.parse(given, what=format)
+    values = module.CREATE_OPTIONS.parse(given, what=driver_name)
     module.check_create(values)
     graph, memory = Graph(), MemoryNode()
     graph.add(memory)

@@ -99,6 +99,20 @@ class _Walk:
             self.l1(f"snapshot {number}: ", offset, size, active=False)
         if image.snapshot_count:
             self.refer("snapshot table", image.snapshot_offset, position - image.snapshot_offset)
+        if struct.unpack_from(">I", image.data, 32)[0] == 2:
+            self.encryption_header()
+
+    def encryption_header(self) -> None:
+        """Its place is in a header extension of type 0x0537be77: offset and length."""
+        image = self.image
+        position = struct.unpack_from(">I", image.data, 100)[0] if image.version >= 3 else 72
+        while position < image.cluster:
+            kind, length = struct.unpack_from(">II", image.data, position)
+            if kind == 0x0537BE77:
+                self.refer("encryption header", *struct.unpack_from(">QQ", image.data, position + 8))
+            if not kind:
+                break
+            position += 8 + length + -length % 8
 
     def l1(self, owner: str, offset: int, size: int, *, active: bool) -> None:
         """An L1 table and what it refers to; COPIED flags mean something in the active one only."""

@@ -435,7 +435,11 @@ class Opener:
         try:
             if format_name:
                 driver(format_name)
-            below = self.open({**given, **extra}, flags, driver_name=format_name, implicit=True)
+            if format_name and extra:
+                # The options are the format's, not the file's.
+                below = self.open({"driver": format_name, "file": given, **extra}, flags, implicit=True)
+            else:
+                below = self.open({**given, **extra}, flags, driver_name=format_name, implicit=True)
         except NotFound as error:
             raise NotFound(f"cannot open backing file {name!r}: {error}", where=where) from None
         return below
