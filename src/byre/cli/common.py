@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
-    from ..options import OptionSet
+    from ..options import Option, OptionSet
 
 __all__ = [
     "FORCE_SHARE",
@@ -45,6 +45,7 @@ __all__ = [
     "image_options",
     "open_image",
     "option_help",
+    "option_line",
     "output_format",
     "parse",
     "policy",
@@ -419,19 +420,24 @@ def create_options(texts: Iterable[str]) -> dict[str, str] | None:
     return None if wants_help else result
 
 
+def option_line(option: Option) -> str:
+    """What ``-o help`` says about one option."""
+    kinds = {"bool": "bool (on/off)", "int": "num", "size": "size"}
+    left = f"{option.name}=<{kinds.get(option.type, 'str')}>"
+    return f"  {left:<22} - {option.help}"
+
+
 def print_create_options(format: str, declared: OptionSet, *, complete: bool) -> None:
     """The list that ``-o help`` prints.
 
     :param complete: a target was named, so the options of its protocol are among them
     """
-    kinds = {"bool": "bool (on/off)", "int": "num", "size": "size"}
     lines = ["Supported options:" if complete else f"Supported {format} options:"]
     own = [o for o in declared.options if complete or o.name not in _FILE_OPTIONS]
     if format == "raw" and not complete:
         own = [option for option in own if option.name == "size"]
     for option in sorted(own, key=lambda each: each.name):
-        left = f"{option.name}=<{kinds.get(option.type, 'str')}>"
-        lines.append(f"  {left:<22} - {option.help}")
+        lines.append(option_line(option))
     if not complete:
         lines += ["", "The protocol level may support further options.",
                   "Specify the target filename to include those options."]  # fmt: skip

@@ -29,11 +29,10 @@ EXIT_TERMINATED: Final = 143
 
 PEERS: Final = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon")
 IMAGE_VERBS: Final = (
-    "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure", "rebase",
-    "resize", "snapshot",
+    "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure",
+    "rebase", "resize", "snapshot",
 )  # fmt: skip
 OWN_VERBS: Final = ("formats", "io", "links")
-LATER_VERBS: Final = ("amend",)
 LATER_OWN_VERBS: Final = ("daemon", "serve")
 
 
@@ -222,7 +221,7 @@ def _dispatch(argv: list[str], prog: str) -> int:
 def _verb(verb: str, arguments: list[str], prog: str) -> int:
     if verb in IMAGE_VERBS or (prog == "byre" and verb in OWN_VERBS):
         return _run(verb, arguments)
-    if verb in LATER_VERBS or (prog == "byre" and verb in LATER_OWN_VERBS):
+    if prog == "byre" and verb in LATER_OWN_VERBS:
         from .refusals import refuse
 
         return refuse(verb, arguments)

@@ -12,7 +12,6 @@ _PEER_RELEASE: Final = "10.0.0"
 """The release whose options and output this program has."""
 
 _MISSING: Final = {
-    "amend": "changing options of an existing image",
     "serve": "the NBD server",
     "daemon": "the storage daemon",
     "qemu-nbd": "the NBD server",
@@ -20,6 +19,7 @@ _MISSING: Final = {
 }
 
 _VERBS: Final = """\
+  amend [--object DEF] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILENAME
   bench [-c COUNT] [-d DEPTH] [-f FMT] [--flush-interval=N] [-i AIO] [-n] [--no-drain] [-o OFFSET] [--pattern=PATTERN] \
 [-q] [-s BUFFER_SIZE] [-S STEP_SIZE] [-t CACHE] [-w] [-U] FILENAME
   bitmap (--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b SOURCE_FILE [-F SOURCE_FMT]] \
@@ -45,12 +45,13 @@ FILENAME
 """
 
 _OWN_VERBS: Final = """\
+  amend [--object DEF] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILENAME
   formats [--json | --markdown]      the formats and protocols there are
   io ...                             requests by hand, as qemu-io
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
 """
 
-_LATER: Final = "Not yet: amend"
+_LATER: Final = "Not yet: serve, daemon"
 
 
 def version(prog: str) -> str:
@@ -69,7 +70,7 @@ def supported_formats() -> str:
 
 def general_help(prog: str) -> str:
     """What ``--help`` before a verb prints."""
-    own = f"{_OWN_VERBS}\n{_LATER}, serve, daemon\n" if prog == "byre" else f"\n{_LATER}\n"
+    own = f"{_OWN_VERBS}\n{_LATER}\n" if prog == "byre" else ""
     return (
         f"{version(prog)}"
         f"usage: {prog} [-h | --help] [-V | --version] [-T | --trace PATTERN] COMMAND [OPTIONS]\n"

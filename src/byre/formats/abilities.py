@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..bitmaps.bitmap import Bitmap
+    from ..crypto.secrets import SecretProvider
     from ..graph.node import Node
     from ..jobs.job import Control
+    from ..options import OptionValues
 
 __all__ = [
+    "Amendable",
     "BackingChangeable",
     "BitmapStore",
     "CheckResult",
     "Checkable",
+    "Emptiable",
     "HasBitmaps",
     "HasCompression",
     "HasFormatInfo",
@@ -190,3 +194,22 @@ class HasHoles(Protocol):
 class BackingChangeable(Protocol):
     def change_backing(self, name: str, format: str) -> None:
         """Record another backing file (or none: "") in the image."""
+
+
+@runtime_checkable
+class Emptiable(Protocol):
+    def make_empty(self) -> None:
+        """Everything becomes unallocated, so that the backing file shows; the space is given back."""
+
+
+@runtime_checkable
+class Amendable(Protocol):
+    """Options of an existing image can be changed; the module of the format has ``AMEND_OPTIONS``."""
+
+    def amend(self, options: OptionValues, control: Control, *, force: bool = False,
+              secrets: SecretProvider | None = None) -> None:  # fmt: skip
+        """Change what ``options`` say.
+
+        :param force: allow what destroys data, such as erasing the last key slot
+        :raises Cancelled: on request, with the image intact
+        """

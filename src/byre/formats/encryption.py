@@ -8,16 +8,19 @@ from ..crypto import luks
 from ..crypto.hashes import check_hash
 from ..crypto.locked import missing_key
 from ..crypto.secrets import find_secret, find_text_secret
-from ..errors import ImageError
+from ..errors import ImageError, InvalidArgument
 
 if TYPE_CHECKING:
     from ..crypto.ciphers import CipherSpec
+    from ..crypto.luks_slots import SlotChange
+    from ..crypto.secrets import SecretProvider
     from ..graph.creating import CreateRequest
     from ..graph.node import Node
     from ..graph.opening import OpenRequest
     from ..options import OptionValues
 
-__all__ = ["NodeArea", "creation_secret", "given_secret", "make_volume", "spec_of", "write_volume"]
+__all__ = ["NodeArea", "creation_secret", "given_secret", "make_volume", "slot_change", "spec_of",
+           "write_volume"]  # fmt: skip
 
 
 class NodeArea:
@@ -106,3 +109,33 @@ def write_volume(area: luks.Area, volume: luks.NewVolume) -> None:
     area.flush()
     area.write(*volume.parts[-1])
     area.flush()
+
+
+def slot_change(options: OptionValues, key_secret: str | None, secrets: SecretProvider | None, *, prefix: str = "",
+                force: bool = False) -> tuple[SlotChange, bytes]:  # fmt: skip
+    """What ``amend`` options ask of key slots, and the passphrase that opens the volume now ("" where none is needed).
+
+    :param key_secret: id of that passphrase
+    :raises InvalidArgument: options that are missing, unknown or contradict each other
+    :raises NotFound: nobody knows a secret
+    """
+    from ..crypto.luks_slots import SlotChange
+
+    def secret(name: str | None) -> bytes | None:
+        return None if name is None else find_secret(secrets, name)
+
+    state = options.text(f"{prefix}state")
+    if state not in ("active", "inactive"):
+        raise InvalidArgument(f"option '{prefix}state' must be 'active' or 'inactive'" + (
+            f", not {state!r}" if state is not None else ""))  # fmt: skip
+    new_name = options.text(f"{prefix}new-secret")
+    change = SlotChange(
+        active=state == "active",
+        new_secret=None if new_name is None else find_text_secret(secrets, new_name),
+        old_secret=secret(options.text(f"{prefix}old-secret")),
+        slot=options.optional_number(f"{prefix}keyslot"),
+        iter_time=options.optional_number(f"{prefix}iter-time"),
+        force=force,
+    )
+    change.check()
+    return change, (secret(key_secret) or b"") if change.active else b""

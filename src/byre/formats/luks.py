@@ -21,14 +21,17 @@ from .encryption import NodeArea, given_secret, make_volume, spec_of, write_volu
 
 if TYPE_CHECKING:
     from ..crypto.luks_slots import SlotChange
+    from ..crypto.secrets import SecretProvider
     from ..graph.child import Child
     from ..graph.creating import CreateRequest
     from ..graph.node import Node
     from ..graph.opening import OpenFlags, OpenRequest
     from ..io.extentmap import ExtentMap
+    from ..jobs.job import Control
     from ..options import OptionValues
 
 __all__ = [
+    "AMEND_OPTIONS",
     "CREATE_OPTIONS",
     "CREATE_PRINT_ORDER",
     "OPTIONS",
@@ -58,6 +61,14 @@ CREATE_OPTIONS: Final = OptionSet(
            ("off", "metadata", "falloc", "full")),
     Option("size", "size", "Virtual disk size"),
 )  # fmt: skip
+
+AMEND_OPTIONS: Final = OptionSet(
+    Option("iter-time", "int", "Time to spend in PBKDF in milliseconds"),
+    Option("keyslot", "int", "Select a single keyslot to modify explicitly"),
+    Option("new-secret", "str", "New secret to set in the matching keyslots. Empty string to erase"),
+    Option("old-secret", "str", "Select all keyslots that match this password"),
+    Option("state", "str", "Select new state of affected keyslots (active/inactive)"),
+)
 
 CREATE_PRINT_ORDER: Final = (
     "size", "key-secret", "cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg", "iter-time",
@@ -194,6 +205,13 @@ class LuksNode(FormatNode):
         except ByreError as error:
             error.where = error.where or self.filename
             raise
+
+    def amend(self, options: OptionValues, control: Control, *, force: bool = False,
+              secrets: SecretProvider | None = None) -> None:  # fmt: skip
+        """Change key slots as ``AMEND_OPTIONS`` say."""
+        from .encryption import slot_change
+
+        self.change_key_slots(*slot_change(options, self.runtime.text("key-secret"), secrets, force=force))
 
     # -- permissions and reopening ----------------------------------------------------------------
 

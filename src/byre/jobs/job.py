@@ -61,6 +61,8 @@ class Control:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self.measure = measure
+        #: Called after each :meth:`advance`, by the thread that does the work.
+        self.on_advance: Callable[[], None] | None = None
         self.attention = False
         self.done = 0
         self._total = total
@@ -92,6 +94,8 @@ class Control:
         :raises Cancelled: the job was cancelled
         """
         self.count(count, moved)
+        if self.on_advance is not None:
+            self.on_advance()
         if self.attention:
             self.checkpoint()
 

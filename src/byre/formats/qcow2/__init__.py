@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ...graph.opening import OpenRequest
 
 __all__ = [
+    "AMEND_OPTIONS",
     "CHILDREN",
     "CREATE_OPTIONS",
     "CREATE_PRINT_ORDER",
@@ -87,6 +88,22 @@ CREATE_OPTIONS: Final = OptionSet(
     Option("refcount_bits", "int", "Width of a reference count entry in bits", 16),
     Option("size", "size", "Virtual disk size"),
 )  # fmt: skip
+
+AMEND_OPTIONS: Final = OptionSet(
+    Option("backing_file", "str", "File name of a base image"),
+    Option("backing_fmt", "str", "Image format of the base image"),
+    Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    Option("data_file", "str", "File name of an external data file"),
+    Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+    Option("encrypt.iter-time", "int", "Time to spend in PBKDF in milliseconds"),
+    Option("encrypt.keyslot", "int", "Select a single keyslot to modify explicitly"),
+    Option("encrypt.new-secret", "str", "New secret to set in the matching keyslots. Empty string to erase"),
+    Option("encrypt.old-secret", "str", "Select all keyslots that match this password"),
+    Option("encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"),
+    Option("lazy_refcounts", "bool", "Postpone refcount updates"),
+    Option("refcount_bits", "int", "Width of a reference count entry in bits"),
+    Option("size", "size", "Virtual disk size"),
+)
 
 CREATE_PRINT_ORDER: Final = (
     "encryption", "encrypt.format", "encrypt.key-secret", "encrypt.cipher-alg", "encrypt.cipher-mode",

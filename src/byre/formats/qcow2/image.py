@@ -18,6 +18,7 @@ from ...typing import TYPE_CHECKING, Final, cast
 from ..abilities import CheckResult
 from ..base import FormatNode, Placement
 from . import entries, layout
+from .amend_ability import WithAmending
 from .bitmap_ability import WithBitmaps
 from .mapping import Mapping
 from .refcounts import Refcounts
@@ -43,7 +44,7 @@ _PENDING_LIMIT: Final = 4096
 """Freed runs of clusters that may wait for the next write-back before one is forced."""
 
 
-class Qcow2Node(WithBitmaps, WithSnapshots, FormatNode):
+class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
     """An open qcow2 image, versions 2 and 3.
 
     Guarded by ``lock``: header, tables, allocator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from ...errors import InvalidArgument, NotSupported
+from ...errors import InvalidArgument, NotSupported, ReadOnly
 from ...io import engine
 from ...io.extent import MAY_UNMAP
 from ...io.tables import encode_words
@@ -16,7 +16,7 @@ from .entries import COPIED
 if TYPE_CHECKING:
     from .image import Qcow2Node
 
-__all__ = ["grow_l1", "resize"]
+__all__ = ["grow_l1", "make_empty", "resize"]
 
 
 def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
@@ -34,8 +34,9 @@ def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
     if header.nb_snapshots and header.version < 3:
         raise NotSupported("an image with internal snapshots cannot be resized in version 2", where=node.filename,
                            hint="amend it to compat=1.1")  # fmt: skip
-    if header.nb_snapshots and size < header.size:
-        raise NotSupported("an image with internal snapshots cannot be shrunk", where=node.filename)
+    if size != header.size and any(shot.disk_size is None for shot in node.snapshots):
+        raise NotSupported("an image with a snapshot that does not record its size cannot be resized",
+                           where=node.filename)  # fmt: skip
     entries = layout.l1_entries_needed(size, header.cluster_bits, extended_l2=header.extended_l2)
     if entries * 8 > layout.MAX_L1_SIZE:
         raise InvalidArgument(f"the new size of {size} bytes needs an L1 table of {entries * 8} bytes, allowed are "
@@ -210,3 +211,36 @@ def _trim(node: Qcow2Node) -> None:
         refcounts.virgin = min(refcounts.virgin, max(last, 1)) if node.file.has_zero_init else refcounts.virgin
 
 
+# -- emptying -------------------------------------------------------------------------------------
+
+
+def make_empty(node: Qcow2Node) -> None:
+    """Nothing in the active layer is allocated any more: the backing file shows everywhere. Durable on return.
+
+    What snapshots have stays. A crash in between leaves part of the layer, each cluster as it was or unallocated.
+
+    :raises ReadOnly: the image is open read-only
+    """
+    if node.read_only:
+        raise ReadOnly("cannot empty the image: it is open read-only", where=node.filename)
+    end = align_up(node.size, node.cluster_size)
+    start = 0
+    while start < end:
+        with node.lock:
+            node.check_failure()
+            node.inflight.wait_clear(start, end)
+            node.check_failure()
+            start += node.unallocate(start, end - start)
+    with node.lock:
+        node.check_failure()
+        node.inflight.wait_all()
+        _drop_machine_state(node)
+        _settle(node)
+        _drop_empty_tables(node, 0)
+        _settle(node)
+    _trim(node)
+
+
+def _settle(node: Qcow2Node) -> None:
+    node._guarded(node.write_back)
+    node._guarded(node.file.flush)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .image import Qcow2Node
     from .layout import Snapshot
 
-__all__ = ["MAX_NAME", "apply", "create", "delete", "find", "load"]
+__all__ = ["MAX_NAME", "apply", "create", "delete", "find", "load", "rewrite_table"]
 
 MAX_NAME: Final = 255
 """Bytes of a name; other programs cut longer ones and then do not find the snapshot again."""
@@ -416,6 +416,21 @@ def delete(node: Qcow2Node, name: str) -> Snapshot:
 
         operation.run(change)
         return shot
+
+
+# -- the table as version 3 wants it --------------------------------------------------------------
+
+
+def rewrite_table(node: Qcow2Node) -> None:
+    """Write the snapshot table anew, with the fields that version 3 asks for in every entry."""
+    with _operation(node) as operation:
+        offset = operation.place_table(operation.snapshots)
+
+        def change() -> None:
+            operation.settle_counts()
+            operation.switch_table(operation.snapshots, offset)
+
+        operation.run(change)
 
 
 # -- load -----------------------------------------------------------------------------------------
