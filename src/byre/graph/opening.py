@@ -290,10 +290,15 @@ class Opener:
         return self._open_format(file, given, flags, driver_name)
 
     def _open_over(self, given: dict[str, object], flags: OpenFlags, driver_name: str, implicit: bool) -> Node:
-        """A format node over a protocol (or filter) node given by ``given``; common options go to the format."""
-        common = {key: given.pop(key) for key in list(given) if key in _FORMAT_KEYS}
-        own = self._own_flags(common, flags)[0]
+        """A format node over a protocol (or filter) node given by ``given``.
+
+        Common options and those that the protocol does not know go to the format.
+        """
         row = driver(str(given["driver"]))
+        below = {"driver", *getattr(row.load(), "CHILDREN", ())}
+        below |= {option.name.partition(".")[0] for option in row.load().OPTIONS.options}
+        common = {key: given.pop(key) for key in list(given) if key in _FORMAT_KEYS or key not in below}
+        own = self._own_flags(common, flags)[0]
         file = self._open_row(row, given, own.for_file(), implicit, None)
         return self._open_format(file, common, flags, driver_name)
 
