@@ -79,7 +79,8 @@ def _rebase(image: Image, given: common.Given, source_cache: str, mode: str) -> 
     check_rebase(image, backing, compress=compress)
     below = _open_below(image, backing, given, source_cache) if name and not unsafe else None
     try:
-        job = RebaseJob(image, backing, below, unsafe=unsafe, compress=compress, measure=mode != "none")
+        job = RebaseJob(image, backing, below, unsafe=unsafe, compress=compress, keep_data=common.as_peer(),
+                        measure=mode != "none")  # fmt: skip
         with Display(job.control, "rebase", mode, least=2.0):
             job.execute()
     finally:

@@ -192,8 +192,14 @@ class HasHoles(Protocol):
 
 @runtime_checkable
 class BackingChangeable(Protocol):
+    def check_backing(self, name: str, format: str) -> None:
+        """Refuse what :meth:`change_backing` would refuse, before anything is written.
+
+        :raises NoSpace: the name is too long
+        """
+
     def change_backing(self, name: str, format: str) -> None:
-        """Record another backing file (or none: "") in the image."""
+        """Record another backing file (or none: "") in the image; durable on return."""
 
 
 @runtime_checkable

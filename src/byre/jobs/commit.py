@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
+from ..formats.abilities import Emptiable
 from ..graph import chain
 from ..image import Image
 from ..io.extent import UNALLOCATED, ZERO
@@ -68,9 +69,8 @@ class CommitJob(Job):
         BlockCopy(SourceDisk([self.top]), target, settings).run(self._plan(), control)
         target.flush()
         top = chain.skip_filters(self.top.node)
-        make_empty = getattr(top, "make_empty", None)
-        if self.empty and make_empty is not None:
-            make_empty()
+        if self.empty and isinstance(top, Emptiable):
+            top.make_empty()
             self.top.flush()
 
     def _open_base(self) -> Image:

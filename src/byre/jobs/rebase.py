@@ -17,6 +17,7 @@ from ..graph.layers import identity
 from ..image import Image
 from ..io.buffers import zero_fill
 from ..io.extent import UNALLOCATED
+from ..units import align_up
 from .blockcopy import COPY, BlockCopy, CopySettings, Segment, SourceDisk
 from .holes import split_at_holes
 from .job import Job
@@ -61,18 +62,22 @@ class RebaseJob(Job):
     :param below: an image with the content of the new backing file; ``None`` for none. Not closed here
     :param unsafe: only the name changes: the new file reads as the old one did
     :param compress: what is copied is written compressed where whole clusters are unallocated
+    :param keep_data: zeroes that the old backing file holds are written as data, as ``qemu-img`` does; otherwise, and
+        behind its end, they become zero clusters
     :raises ByreError: as :func:`check_rebase` says, before anything was written
     """
 
     kind = "rebase"
 
     def __init__(self, overlay: Image, backing: NewBacking, below: Image | None = None, *, unsafe: bool = False,
-                 compress: bool = False, speed: int = 0, measure: bool = False) -> None:  # fmt: skip
+                 compress: bool = False, keep_data: bool = False, speed: int = 0,
+                 measure: bool = False) -> None:  # fmt: skip
         super().__init__(speed=speed, measure=measure)
         self.overlay = overlay
         self.backing = backing
         self.unsafe = unsafe
         self.compress = compress
+        self.keep_data = keep_data
         self.node = chain.skip_filters(overlay.node)
         self._changeable = check_rebase(overlay, backing, compress=compress)
         if not unsafe:
@@ -92,7 +97,6 @@ class RebaseJob(Job):
         # First the clusters, then the tables that map them, durable; only then may the old chain be let go.
         self.overlay.flush()
         self._changeable.change_backing(*self.backing)
-        self.overlay.flush()
 
     def _copy(self, control: Control) -> None:
         size = self.overlay.size
@@ -104,11 +108,13 @@ class RebaseJob(Job):
             del passes[1:]  # no cluster is allocated in part
         control.total = size * len(passes)
         # A format that only leaves out what reads as zeroes now, over no backing file, would show the new one there.
-        as_zeroes = getattr(self.node, "has_zero_clusters", False)
+        zeroes_from = 0 if getattr(self.node, "has_zero_clusters", False) else size
+        if self.keep_data and self._old is not None:
+            zeroes_from = max(zeroes_from, min(self._old.size, size))
         for one in passes:
             settings = CopySettings(sparse=one.unit, compress=one.whole, in_order=True)
             plan = _plan(self.node, self._old, self._below, one)
-            _Differences(old, new, self.overlay, settings, one.unit, as_zeroes).run(plan, control)
+            _Differences(old, new, self.overlay, settings, one.unit, zeroes_from).run(plan, control)
 
     def commit(self) -> None:
         """The open overlay goes on with the new chain as well."""
@@ -149,9 +155,7 @@ def check_rebase(overlay: Image, backing: NewBacking, *, compress: bool = False)
             raise NotSupported(f"driver {node.driver!r} cannot do that")
         if backing.name and not backing.format:
             raise InvalidArgument("backing format must be specified", hint="use -F")
-        check = getattr(node, "check_backing", None)
-        if check is not None:
-            check(backing.name, backing.format)
+        node.check_backing(backing.name, backing.format)
     except ByreError as error:
         error.message = f"could not change the backing file to '{shown}': {error.message}"
         error.where = overlay.filename
@@ -307,15 +311,15 @@ class _Differences(BlockCopy):
     """Copies the units of ``source`` that differ from ``other``.
 
     :param unit: bytes, a power of two
-    :param as_zeroes: units of zeroes are zeroed, not written
+    :param zeroes_from: offset from which on units of zeroes are zeroed, not written
     """
 
     def __init__(self, source: _Below, other: _Below, target: Image, settings: CopySettings, unit: int,
-                 as_zeroes: bool) -> None:  # fmt: skip
+                 zeroes_from: int) -> None:  # fmt: skip
         super().__init__(source, target, settings)
         self._other = other
         self._compared = unit
-        self._as_zeroes = as_zeroes
+        self._zeroes_from = zeroes_from
 
     def runs(self, offset: int, view: memoryview, length: int) -> list[tuple[int, int, bool]]:
         view = view[:length]
@@ -332,12 +336,13 @@ class _Differences(BlockCopy):
             differs = _unequal_units(view, other, self._compared)
         finally:
             self._buffers.give_back(buffer)
-        found = []
+        found: list[tuple[int, int, bool]] = []
         for start, stop in _runs_of(differs, self._compared, length):
-            if self._as_zeroes:
-                found += [(start + at, size, is_data) for at, size, is_data in self._kinds(view[start:stop])]
-            else:
-                found.append((start, stop - start, True))
+            # The unit in which the zeroes may begin is data still.
+            plain = min(max(align_up(self._zeroes_from, self._compared) - offset, start), stop)
+            if start < plain:
+                found.append((start, plain - start, True))
+            found += [(plain + at, size, is_data) for at, size, is_data in self._kinds(view[plain:stop])]
         return found
 
     def _kinds(self, view: memoryview) -> list[tuple[int, int, bool]]:

@@ -29,6 +29,11 @@ class WithAmending:
 
         amend(_node(self), options, control, force=force, secrets=secrets)
 
+    def check_backing(self, name: str, format: str) -> None:
+        from .header_update import check_backing
+
+        check_backing(_node(self), name, format)
+
     def change_backing(self, name: str, format: str) -> None:
         from .header_update import change_backing
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .image import Qcow2Node
     from .layout import Extension, Header
 
-__all__ = ["FILLER", "change_backing", "plan_update", "update", "with_extension"]
+__all__ = ["FILLER", "change_backing", "check_backing", "plan_update", "update", "with_extension"]
 
 FILLER: Final = 0x62797265
 """Type of the extension that fills the gap while others move; found again only after a crash, and dropped then."""
@@ -219,8 +219,8 @@ def update(
     node.backing_name = name
 
 
-def change_backing(node: Qcow2Node, name: str, format: str) -> None:
-    """Record another backing file (or none: "") and its format in the image; durable on return.
+def check_backing(node: Qcow2Node, name: str, format: str) -> None:
+    """Everything for which :func:`change_backing` would refuse, with nothing changed.
 
     :raises InvalidArgument: a format without a file, or a file for an image whose data file is a disk by itself
     :raises NoSpace: the name is too long
@@ -231,16 +231,33 @@ def change_backing(node: Qcow2Node, name: str, format: str) -> None:
         raise InvalidArgument("a backing file format is given without a backing file", where=node.filename)
     if name and node.header.raw_data_file:
         raise InvalidArgument("an image with data_file_raw cannot have a backing file", where=node.filename)
-    if "\0" in name or len(name.encode("utf-8", "surrogateescape")) > layout.MAX_BACKING_NAME:
+    encoded = name.encode("utf-8", "surrogateescape")
+    if "\0" in name or len(encoded) > layout.MAX_BACKING_NAME:
         raise NoSpace(f"a backing file name may have {layout.MAX_BACKING_NAME} bytes, none of them 0",
                       where=node.filename)  # fmt: skip
+    data = bytearray(node.cluster_size)
+    with node.lock:
+        node.file.read_into(0, memoryview(data))
+        try:
+            plan_update(bytes(data), node.header, _with_format(node, format), encoded)
+        except NoSpace as error:
+            error.where = error.where or node.filename
+            raise
+
+
+def change_backing(node: Qcow2Node, name: str, format: str) -> None:
+    """Record another backing file (or none: "") and its format in the image; durable on return.
+
+    :raises ByreError: as :func:`check_backing` says
+    """
+    check_backing(node, name, format)
     with node.lock:
         node.check_failure()
         node._before_change()
-        recorded = format.encode("utf-8", "surrogateescape") or None
-        update(
-            node,
-            extensions=with_extension(node.extensions, layout.EXTENSION_BACKING_FORMAT, recorded),
-            backing_name=name,
-        )
+        update(node, extensions=_with_format(node, format), backing_name=name)
         node.backing_format = format
+
+
+def _with_format(node: Qcow2Node, format: str) -> tuple[Extension, ...]:
+    recorded = format.encode("utf-8", "surrogateescape") or None
+    return with_extension(node.extensions, layout.EXTENSION_BACKING_FORMAT, recorded)
