@@ -93,15 +93,18 @@ def _open_below(image: Image, backing: NewBacking, given: common.Given, cache: s
 
     :raises ByreError: it cannot be opened
     """
-    from ..graph.layers import find_layer
-    from ..graph.opening import resolve_backing
+    from ..graph.layers import find_layer, same_file
+    from ..graph.opening import has_protocol, resolve_backing
     from ..image import Image
 
     layer = find_layer(image.node, backing.name)
     if layer is not None and layer.driver == driver(backing.format).name:
         return Image(layer, image.graph, name="rebase")
+    path = resolve_backing(image.filename, backing.name)
+    if not has_protocol(path) and same_file(image.node, path):
+        raise InvalidArgument("the new backing file is the image itself", where=backing.name)
     try:
-        return common.open_image(resolve_backing(image.filename, backing.name), given, format=backing.format,
+        return common.open_image(path, given, format=backing.format,
                                  image_opts=False, cache=cache, graph=image.graph)  # fmt: skip
     except ByreError as error:
         error.message = f"could not open new backing file '{backing.name}': {error.message}"
