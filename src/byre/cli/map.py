@@ -205,6 +205,9 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
         present &= ~behind
     zero = (extents.kind == ZERO) | ~present
     placed = present & (extents.host >= 0) & (extents.kind != COMPRESSED)
+    for level, layer in enumerate(layers):
+        if getattr(layer, "encrypted", False):
+            placed &= depth != level  # what lies there is of no use to anybody else
     kind = np.where(zero, _ZERO, _DATA).astype(np.int64)
     kind |= np.where(in_holes, _ZERO, 0)
     kind |= np.where(extents.kind == COMPRESSED, _COMPRESSED, 0)

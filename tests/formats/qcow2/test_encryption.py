@@ -245,6 +245,31 @@ def test_images_that_the_peer_creates(tmp_path: Path, qemu_img: Run) -> None:
     qemu_img("check", "--object", SECRET, "--image-opts", image_options(path))
 
 
+@pytest.mark.parametrize("format", ["luks", "aes"])
+def test_map_does_not_say_where_encrypted_bytes_lie(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    from byre.cli.main import main
+
+    path = tmp_path / "a.qcow2"
+    options = {"encrypt.format": format, "encrypt.key-secret": "s", "preallocation": "metadata"}
+    if format == "luks":
+        options["encrypt.iter-time"] = 0  # type: ignore[assignment]
+    create(str(path), "qcow2", SIZE, options=options, secrets=SECRETS)
+    with byre.open({"driver": "qcow2", "file.filename": str(path), "encrypt.key-secret": "s"}, read_only=False,
+                   secrets=SECRETS) as image:  # fmt: skip
+        image.write(0, b"x" * 65536)
+    (tmp_path / "key").write_text(WORD)
+    secret = ["--object", f"secret,id=s,file={tmp_path}/key", "--image-opts", image_options(path)]
+    assert main(["map", "--output", "json", *secret]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["start"], row["data"], row["zero"], "offset" in row) for row in rows] == [(0, True, False, False)]
+    assert main(["map", *secret]) == 1
+    assert "encrypted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "header"), [("format=luks", 2097152), ("format=luks,cluster_size=4k", 2068480), ("format=aes", 0)]
 )

@@ -415,7 +415,7 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
     def has_holes(self) -> bool:
         from .sparseness import has_holes
 
-        return has_holes(self)
+        return not self.encrypted and has_holes(self)  # an encrypted hole does not read as zeroes
 
     def format_info(self) -> dict[str, object]:
         from .opening import describe
