@@ -103,7 +103,7 @@ def test_raw_too(byre: Run, tmp_path: Path) -> None:
     assert not any(data[1536:])
 
 
-EVENTS = ("l1_update", "refblock_alloc_write", "l2_update", "flush_to_disk", "write_compressed", "write_aio")
+EVENTS = ("l1_update", "refblock_alloc_hookup", "l2_update", "flush_to_disk", "write_compressed", "write_aio")
 FAULTY = """\
 [inject-error]
 event = "{event}"

@@ -86,6 +86,7 @@ class Refcounts:
         self._metadata_at = metadata_at
         self._guard: Guard | None = None
         self._hint = 0
+        self.allocated = False  # any cluster, since the image was opened
         self._packed_at = 0  # host offset behind the last compressed cluster, 0 for none
         #: First cluster that never held anything: beyond it the file reads as zeroes.
         self.virgin = -(-file.size >> cluster_bits) if file.has_zero_init else 1 << 62
@@ -167,6 +168,7 @@ class Refcounts:
         :raises NoSpace: the format cannot address more
         """
         self._report("cluster_alloc")
+        self.allocated = True
         first = self._find_unused(count)
         while not self._ensure_blocks(first, count):
             first = self._find_unused(count)
@@ -388,6 +390,7 @@ class Refcounts:
 
     def _pack(self, length: int) -> int:
         self._report("cluster_alloc_bytes")
+        self.allocated = True
         size, bits = self.cluster_size, self.cluster_bits
         at = self._packed_at
         free = -at % size if at else 0

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
+from ...errors import ByreError
 from ...typing import TYPE_CHECKING
+from ...units import SECTOR, align_up
 from . import layout
 
 if TYPE_CHECKING:
@@ -52,8 +54,28 @@ def settle(node: Qcow2Node) -> None:
     Durable on return, if the dirty bit had been set.
     """
     write_back(node, counts=True)
+    _complete_last_cluster(node)
     if node.marked_dirty:
         mark_clean(node)
+
+
+def _complete_last_cluster(node: Qcow2Node) -> None:
+    """The file ends where its last cluster does, as readers expect that look at its length; a hole does it.
+
+    Behind compressed clusters it ends with a sector, the unit of their lengths. An image that was not written to
+    stays as it is. Nothing depends on it, so that a refusal is none.
+    """
+    refcounts = node.refcounts
+    if refcounts is None or not refcounts.allocated:
+        return
+    size = node.file.size
+    end = align_up(size, SECTOR if align_up(refcounts._packed_at, SECTOR) == align_up(size, SECTOR)
+                   else node.cluster_size)  # fmt: skip
+    if end != size:
+        try:
+            node.file.resize(end, exact=False)
+        except ByreError:
+            pass
 
 
 def punch_kept(node: Qcow2Node) -> None:
