@@ -202,3 +202,13 @@ def test_what_headers_say_comes_back(words: tuple[str, str, str, str]) -> None:
 def test_a_cipher_does_not_show_its_key() -> None:
     cipher = make_cipher("aes-128", "cbc", b"0123456789abcdef")
     assert "0123" not in repr(cipher)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("cryptography")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(NotSupported, match=r"byre\[crypto\]"):
+        make_cipher("aes-128", "cbc", bytes(16))
