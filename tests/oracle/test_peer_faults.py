@@ -122,8 +122,8 @@ def test_a_failure_behind_a_table_leaves_no_damage(event: str, byre: Run, qemu_i
     byre("io", "-c", "write -P 1 0 64k", "image")
     below = '{"driver":"blkdebug","config":"rules","image":{"driver":"file","filename":"image"}}'
     name = f'json:{{"driver":"qcow2","file":{below}}}'
-    done = byre("io", "-c", "write -P 2 1M 64k", "-c", "flush", "-c", "write -c -P 3 4M 512", "-c", "write -P 4 8M 200k",
-         "-c", "flush", name, check=False)  # fmt: skip
+    done = byre("io", "-c", "write -P 2 1M 64k", "-c", "flush", "-c", "write -c -P 3 4M 512", "-c",
+         "write -P 4 8M 200k", "-c", "flush", name, check=False)  # fmt: skip
     assert "Input/output error" in done.stdout + done.stderr, "nothing was injected"
     assert qemu_img("check", tmp_path / "image", check=False).returncode in (0, 3)
     done = byre("io", "-c", "read -P 1 0 64k", "-c", "write -P 5 2M 4k", "-c", "read -P 5 2M 4k", "image")
