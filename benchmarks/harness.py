@@ -164,6 +164,7 @@ class Bench:
         value: Callable[[Sample], float] | None = None,
         unit: str = "s",
         finish: Callable[[], dict[str, object]] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         """Measure one row.
 
@@ -172,6 +173,7 @@ class Bench:
         :param size_goal: the outputs of byre are at most this many times as large as the peer's; 0 for no goal
         :param outputs: files the commands write; removed before every run
         :param value: what to take from a run instead of its wall-clock time, e.g. requests per second
+        :param prepare: called before every run, to make the files that the command changes
         :param finish: called after the last pair, when the outputs of byre are there; more for the record
         """
         if not self.wants(name):
@@ -189,7 +191,9 @@ class Bench:
                 for who in sorted(commands, reverse=not first_byre):
                     for output in outputs:
                         Path(output).unlink(missing_ok=True)
-                    if outputs:
+                    if prepare:
+                        prepare()
+                    if outputs or prepare:
                         os.sync()
                     samples[who].append(run(commands[who]))
                     sizes[who] = sum(os.stat(output).st_size for output in outputs)

@@ -21,6 +21,7 @@ SCRIPTS = {
     "requests": ([], ["--pairs", "3", "--size", "512M"]),
     "metadata": ([], ["--pairs", "1", "--size", "128G"]),
     "streaming": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
+    "chains": ([], ["--pairs", "3", "--size", "512M"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
 }
 

@@ -1,0 +1,105 @@
+"""Chains: rebase the top of three layers, commit an overlay; all in the page cache, images made anew each time."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+from harness import Bench, Goal, parse_arguments
+
+PIECE = 1 << 20
+
+
+def main() -> None:
+    given = parse_arguments(__doc__ or "", pairs=5, size="2G")
+    with Bench("chains", given) as bench:
+        if bench.wants("rebase"):
+            rebase(bench, given.size)
+        if bench.wants("commit"):
+            commit(bench, given.size)
+
+
+def rebase(bench: Bench, size: int) -> None:
+    """base (data, zeroes, holes) <- middle (a quarter written) <- top (a tenth); and another base, a tenth changed."""
+    base, other, middle, top, kept = map(bench.path, ("base", "other", "middle", "top", "kept"))
+    raw = bench.make_image("mixed", "disk.raw", size)
+    make(bench, "convert", "-f", "raw", "-O", "qcow2", raw, base)
+    shutil.copy(base, other)
+    overlay(bench, middle, base)
+    overlay(bench, kept, middle)
+    for number, (name, share) in enumerate(((other, 10), (middle, 4), (kept, 10))):
+        scribble(bench, name, size, size // PIECE // share, seed=number)
+    make(bench, "convert", "-O", "raw", kept, raw)
+    for name in (base, other, middle):
+        bench.warm(name)
+
+    def fresh() -> None:
+        shutil.copy(kept, top)
+
+    def verified() -> dict[str, object]:
+        if not bench.verify or not bench.peer:
+            return {}
+        bench.run_peer("compare", "-f", "raw", "-F", "qcow2", raw, top)
+        return {"verified": True}
+
+    for words, name, goal in (
+        (["-b", other, "-F", "qcow2"], "rebase onto another base", Goal(0.8)),
+        (["-b", base, "-F", "qcow2"], "rebase onto a layer of the chain", Goal(0.8)),
+        (["-b", ""], "rebase onto none", Goal(0.3)),
+    ):
+        bench.row(name, ["rebase", "-f", "qcow2", *words, top], goal=goal, prepare=fresh, finish=verified)
+    for name in (base, other, middle, kept, raw, top):
+        Path(name).unlink(missing_ok=True)
+
+
+def commit(bench: Bench, size: int) -> None:
+    """All of the disk is written in the overlay."""
+    base, top, kept = map(bench.path, ("base", "top", "kept"))
+    raw = bench.make_image("mixed", "disk.raw", size)
+    make(bench, "create", "-q", "-f", "qcow2", base, str(size))
+    make(bench, "convert", "-S", "0", "-f", "raw", "-O", "qcow2", raw, kept)
+    make(bench, "rebase", "-u", "-f", "qcow2", "-b", base, "-F", "qcow2", kept)
+    words = f"{size >> 30} GiB" if size >> 30 else f"{size >> 20} MiB"
+
+    def fresh() -> None:
+        make(bench, "create", "-q", "-f", "qcow2", base, str(size))
+        shutil.copy(kept, top)
+
+    def verified() -> dict[str, object]:
+        if not bench.verify or not bench.peer:
+            return {}
+        bench.run_peer("compare", "-f", "raw", "-F", "qcow2", raw, base)
+        return {"verified": True}
+
+    bench.row(f"commit of {words}", ["commit", "-f", "qcow2", top], goal=Goal(1.0), prepare=fresh, finish=verified)
+    bench.row(f"commit -d of {words}", ["commit", "-d", "-f", "qcow2", top], goal=Goal(1.0), prepare=fresh,
+              finish=verified)  # fmt: skip
+    for name in (base, top, kept, raw):
+        Path(name).unlink(missing_ok=True)
+
+
+def overlay(bench: Bench, name: str, base: str) -> None:
+    make(bench, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", name)
+
+
+def scribble(bench: Bench, name: str, size: int, count: int, *, seed: int) -> None:
+    """``count`` pieces of a MiB at random places, each with a byte of its own."""
+    chooser = random.Random(seed)
+    places = [chooser.randrange(size // PIECE) * PIECE for _ in range(count)]
+    commands = [f"write -q -P {chooser.randrange(1, 256)} {place} {PIECE}" for place in places]
+    for start in range(0, count, 100):
+        words = [word for command in commands[start : start + 100] for word in ("-c", command)]
+        bench.run_byre("io", "-f", "qcow2", *words, name)
+
+
+def make(bench: Bench, *arguments: str) -> None:
+    """Prepare a file with the peer where there is one: then it is not our own layout that is read."""
+    if bench.peer:
+        bench.run_peer(*arguments)
+    else:
+        bench.run_byre(*arguments)
+
+
+if __name__ == "__main__":
+    main()
