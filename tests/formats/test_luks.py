@@ -66,6 +66,20 @@ def test_create_and_open(tmp_path: Path) -> None:
         assert image.format == "luks"
 
 
+def test_info_names_the_key_that_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from byre.cli.main import main
+
+    path = tmp_path / "a.luks"
+    create(str(path), "luks", SIZE, options={"key-secret": "s", "iter-time": 0}, secrets={"s": WORD})
+    assert main(["info", "--object", f"secret,id=s,file={tmp_path}/nowhere", "--image-opts", luks_options(path)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == (
+        f'image: json:{{"driver": "luks", "file": {{"driver": "file", "filename": "{path}"}}, "key-secret": "s"}}'
+    )
+    assert "encrypted: yes" in rest
+    assert not any("cluster_size" in line for line in rest)
+
+
 def test_wrong_key_and_no_key() -> None:
     memory = new_encrypted("luks", SIZE)
     before = memory.to_bytes()

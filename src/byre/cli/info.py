@@ -148,7 +148,7 @@ def describe(node: Node) -> dict[str, object]:
             if edge.name != "backing"
         ],
         "virtual-size": node.size,
-        "filename": node.filename,
+        "filename": _shown_name(node),
         "format": node.driver,
         "snapshots": snapshot_rows(node) or None,
     }
@@ -163,6 +163,20 @@ def describe(node: Node) -> dict[str, object]:
     values["dirty-flag"] = _dirty_flag(node)
     _add_backing(values, node)
     return ordered(values, _KEYS)
+
+
+def _shown_name(node: Node) -> str:
+    """The file name; or options in JSON with the id of the key, if one was given: the name alone opens nothing."""
+    runtime = getattr(node, "runtime", None)
+    option = "encrypt.key-secret" if node.driver == "qcow2" else "key-secret"
+    if runtime is None or option not in runtime:
+        return node.filename
+    import json
+
+    edges = [edge for edge in node.children.values() if edge.name != "backing"]
+    where = {edge.name: {"driver": edge.node.driver, "filename": edge.node.filename} for edge in edges}
+    key, rest = {option: runtime.text(option)}, {"driver": node.driver, **where}
+    return f"json:{json.dumps({**key, **rest} if node.driver == 'qcow2' else {**rest, **key})}"
 
 
 def _add_backing(values: dict[str, object], node: Node) -> None:
