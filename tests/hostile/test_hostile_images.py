@@ -262,3 +262,26 @@ def test_hostile_sources_of_other_kinds(tmp_path: Path, attempts: Attempts) -> N
             assert words in got["err"], got["err"]
             assert time.monotonic() - started < 5
             assert not (tmp_path / "out").exists()
+
+
+def test_what_a_backing_file_given_by_the_user_names(folder: Path, attempts: Attempts) -> None:
+    """``-B`` vouches for that file, not for the files it names."""
+    (folder / "plain").write_bytes(bytes(MIB))
+    (folder / "source").write_bytes(b"x" * MIB)
+    forge.write(folder / "image", backing=b"plain", extensions=forge.extension(0xE2792ACA, b"raw"))
+    forge.write(folder / "refers", backing=b"json:{}", extensions=forge.extension(0xE2792ACA, b"raw"))
+    forge.write(folder / "alone")
+    onto = ["-F", "qcow2", "-O", "qcow2", "source", "out"]
+    got = attempts(folder, ["convert", "--untrusted", "-B", "image", *onto])
+    assert (got["code"], "plain" in got["opened"]) == (1, False)
+    assert not (folder / "out").exists()
+    got = attempts(folder, ["convert", "-B", "refers", *onto])
+    assert (got["code"], "--allow-ref" in got["err"]) == (1, True)
+    for words in (
+        ["--untrusted", "-B", "alone"],
+        ["-B", "image"],
+        ["--untrusted", "-o", "data_file=data", "-B", "alone"],
+    ):
+        got = attempts(folder, ["convert", *words, *onto])
+        assert got["code"] == 0, got["err"]
+        (folder / "out").unlink()

@@ -12,6 +12,7 @@ from .create import declared_options
 from .progress import Display, mode_for
 
 if TYPE_CHECKING:
+    from ..graph.opening import Policy
     from ..image import Image
     from ..jobs.blockcopy import CopySettings
 
@@ -238,19 +239,24 @@ class _Conversion:
 
     def _create(self) -> None:
         from ..graph.creating import create
-        from ..graph.opening import Policy
 
         try:
             create(self.output, self.format, options={**self.options, "size": self.size},
-                   policy=Policy(allow_references=True), secrets=self.given.secrets())  # fmt: skip
+                   policy=common.policy(self.given), secrets=self.given.secrets())  # fmt: skip
         except ByreError as error:
             error.message = f"error while converting to {driver(self.format).name}: {error.message}"
             error.where = error.where or self.output
             raise
 
-    def _open_target(self) -> Image:
-        from ..graph.opening import Policy
+    def _target_policy(self) -> Policy:
+        """The user named the files of a target that was just made; what those name is not his word."""
+        from ..graph.opening import parse_filename
 
+        images = {self.output, str(parse_filename(self.output).get("filename", ""))}
+        names = [self.options[key] for key in ("backing_file", "data_file") if self.options.get(key)]
+        return common.policy(self.given)._replace(named=tuple((image, name) for image in images for name in names))
+
+    def _open_target(self) -> Image:
         cache = self.given.last("cache", "unsafe")
         return common.open_image(
             self.output,
@@ -262,8 +268,7 @@ class _Conversion:
             force_share=False,
             resizable=cache in ("none", "off", "directsync"),
             discard="unmap" if self.settings.sparse else "ignore",
-            # The user named all files of a target that was just made.
-            policy_override=Policy(allow_references=True) if self.new else None,
+            policy_override=self._target_policy() if self.new else None,
             # What was just encrypted is opened with the same key.
             options={key: value for key, value in self.options.items() if key.endswith("key-secret")},
         )

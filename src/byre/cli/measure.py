@@ -126,10 +126,10 @@ def _measure(target: str, values: OptionValues, source: Image | None) -> _Sizes:
 
 def _data_spans(source: Image) -> Iterator[tuple[int, int]]:
     """(offset, length) of what the source holds and a copy has to write."""
+    import numpy as np
+
     from ..graph import chain
     from ..io.extent import COMPRESSED, DATA
-
-    import numpy as np
 
     for offset, length in chain.windows(0, source.size, chain.window_size(source.node)):
         found = source.extents(offset, length)

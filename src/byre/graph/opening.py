@@ -80,6 +80,7 @@ class Policy(NamedTuple):
     :ivar max_size: largest virtual size accepted, bytes; 0 for the format's own limit
     :ivar max_bitmaps: most dirty bitmaps accepted; 0 for the format's own limit
     :ivar max_iterations: of key derivation, that the header of an encrypted image may ask for
+    :ivar named: (image, name): what the user had put into that image a moment ago
     """
 
     mode: str = "allow"
@@ -88,6 +89,7 @@ class Policy(NamedTuple):
     max_size: int = 0
     max_bitmaps: int = 0
     max_iterations: int = 100_000_000
+    named: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def untrusted(cls, max_size: int = 16 << 40) -> Policy:
@@ -100,18 +102,19 @@ class Policy(NamedTuple):
         :param what: "backing file", "data file", ...
         :raises AccessDenied: the image may not name this
         """
-        if self.mode == "deny":
+        by_user = (where, name) in self.named
+        if self.mode == "deny" and not by_user:
             raise AccessDenied(f"the image names the {what} {name!r}, which is not opened for an untrusted image",
                                where=where, hint="give it explicitly if you trust it")  # fmt: skip
         if path is None:
             if what != "backing file":
                 raise AccessDenied(f"the image names the {what} {name!r}; only plain files are accepted there",
                                    where=where)  # fmt: skip
-            if not self.allow_references:
+            if not self.allow_references and not by_user:
                 raise AccessDenied(f"the image names the {what} {name!r}, which is not a plain file name",
                                    where=where, hint="use --allow-ref if you trust the image")  # fmt: skip
             return
-        if self.mode == "below":
+        if self.mode == "below" and not by_user:
             real = os.path.realpath(path)
             if not any(os.path.commonpath((real, os.path.realpath(f))) == os.path.realpath(f) for f in self.folders):
                 raise AccessDenied(f"the image names the {what} {name!r}, which lies outside the allowed folders",
