@@ -383,3 +383,13 @@ def test_resizing(path: str) -> None:
         assert image.read(SIZE - 4, 4) == b"last"
         with pytest.raises(InvalidArgument):
             image.read(SIZE, 1)
+
+
+def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "nbd:odd"):
+        (tmp_path / name).write_bytes(bytes(512))
+        with byre.open(Path(name), format="raw") as image:
+            assert image.size == 512
+        with byre.open(tmp_path / name, format="raw") as image:
+            assert image.size == 512

@@ -6,6 +6,7 @@ writability, counts requests in flight, keeps statistics, and can be paused for 
 
 from __future__ import annotations
 
+import os
 import threading
 from time import perf_counter_ns
 
@@ -13,7 +14,7 @@ from .errors import Busy, InvalidArgument, NotSupported, ReadOnly
 from .graph import chain
 from .graph.graph import Graph
 from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node, Stats
-from .graph.opening import COMMON_OPTIONS, Opener, OpenFlags, Policy
+from .graph.opening import COMMON_OPTIONS, Opener, OpenFlags, Policy, has_protocol
 from .io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from .options import Option, convert
 from .typing import TYPE_CHECKING, Final
@@ -55,7 +56,7 @@ def cache_flags(mode: str) -> tuple[bool, bool, bool]:
 
 
 def open(
-    target: str | Mapping[str, object],
+    target: str | os.PathLike[str] | Mapping[str, object],
     *,
     format: str = "",
     read_only: bool = True,
@@ -109,6 +110,8 @@ def open(
     )
     graph = graph or Graph()
     opener = Opener(graph, policy or Policy(), secrets)
+    if isinstance(target, os.PathLike):  # a path, whatever colons it holds
+        target = os.path.join(os.curdir, target) if has_protocol(os.fspath(target)) else os.fspath(target)
     spec: object = target if isinstance(target, str) else dict(target)
     if isinstance(spec, dict):
         writeback = _pop_writeback(spec)
