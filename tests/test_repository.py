@@ -145,7 +145,8 @@ def loaded_modules(*arguments: str, folder: Path) -> set[str]:
 
 # What start-up may load. A name with a dot at its end allows all modules below it.
 STANDARD = {
-    "__future__", "_collections", "_contextvars", "_functools", "_operator", "_struct", "_weakref", "_weakrefset", "array",
+    "__future__", "_collections", "_contextvars", "_functools", "_operator", "_struct", "_weakref", "_weakrefset",
+    "array",
     "collections", "collections.abc", "contextvars", "errno", "fcntl", "functools", "itertools", "keyword", "operator",
     "reprlib", "stat", "struct", "threading", "time", "types", "warnings", "weakref",
 }  # fmt: skip

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LEVELS", "compressor", "decompress"]
 
 DEFAULT_LEVELS: Final = {COMPRESSION_ZLIB: 2, COMPRESSION_ZSTD: 2}
-"""Measured against the peer's defaults on mixed files. Deflate: ISA-L's level 2 takes a tenth of zlib's time for 3 to 9 %
-more bytes, its level 3 half as much time again for 1 % less; zlib-ng's level 6 a third of the time for 1 to 4 % more.
-zstd: level 2 takes four fifths of level 3's time for 1 % more."""
+"""Measured against the peer's defaults on mixed files. Deflate: ISA-L's level 2 takes a tenth of zlib's time for 3 to
+9 % more bytes, its level 3 half as much time again for 1 % less; zlib-ng's level 6 a third of the time for 1 to 4 %
+more. zstd: level 2 takes four fifths of level 3's time for 1 % more."""
 
 WRITTEN_WINDOW_BITS: Final = 12
 READ_WINDOW_BITS: Final = 15
