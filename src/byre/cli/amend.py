@@ -86,11 +86,19 @@ def _amend(image: Image, wanted: dict[str, str], given: common.Given, mode: str)
         return 1
     options = declared.parse(dict(wanted), what=f"format {image.format!r}")
     job = AmendJob(image, options, force=given.has("force"), secrets=given.secrets(), measure=mode != "none")
-    if mode == "text":
-        _execute_with_text(job)
-        return 0
-    with Display(job.control, "amend", mode):
-        job.execute()
+    try:
+        if mode == "text":
+            _execute_with_text(job)
+        else:
+            with Display(job.control, "amend", mode):
+                job.execute()
+    except InvalidArgument as error:
+        if not (common.as_peer() and "rebase" in error.hint):
+            raise
+        error.hint = ""
+        common.report(error)
+        sys.stderr.write(f"You can use '{common.PROGRAM.get()} rebase' instead.\n")  # scripts look for these words
+        return 1
     return 0
 
 

@@ -397,7 +397,9 @@ def warn_graph(graph: Graph) -> None:
     if not as_peer():
         for message in graph.warnings:
             warn(message)
+    sys.stderr.write("".join(f"{printable(message)}\n" for message in graph.repairs))
     graph.warnings.clear()
+    graph.repairs.clear()
 
 
 # -- -o key=value ---------------------------------------------------------------------------------

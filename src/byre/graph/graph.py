@@ -24,6 +24,7 @@ class Graph:
     Guarded by ``lock`` (control path only): ``nodes``, ``images``, every node's ``children`` and ``parents``.
 
     :ivar warnings: sentences a program should show its user
+    :ivar repairs: what was found and mended in images as they were opened, as ``check -r`` says it
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.images: list[Image] = []
         self.warnings: list[str] = []
+        self.repairs: list[str] = []
         self._next_name = 100
 
     # -- names ------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ...errors import Cancelled, Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
 from . import repair
 from .check_compare import Comparison
 from .check_copied import check_copied
 from .check_counts import each_window, with_counters
-from .check_findings import Aborted, Findings
+from .check_findings import MESSAGE_LIMIT, Aborted, Findings
 from .check_reader import Subject
 from .check_snapshots import SnapshotTable
 from .check_tables import Walk
@@ -26,6 +28,7 @@ from .check_tables import Walk
 if TYPE_CHECKING:
     from ...jobs.job import Control
     from ..abilities import CheckResult
+    from .check_reader import Keys
     from .image import Qcow2Node
 
 __all__ = ["check_image", "repair_dirty"]
@@ -83,8 +86,8 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
     return findings.result()
 
 
-def repair_dirty(node: Qcow2Node) -> None:
-    """Rebuild the reference counts of an image that was not closed cleanly (lazy refcounts).
+def repair_dirty(node: Qcow2Node) -> tuple[str, ...]:
+    """Rebuild the reference counts of an image that was not closed cleanly (lazy refcounts); what there is to say.
 
     :raises Corrupt: there is damage that could not be mended
     """
@@ -92,6 +95,7 @@ def repair_dirty(node: Qcow2Node) -> None:
     if result.check_errors or result.corruptions:
         raise Corrupt("the image was not closed cleanly and could not be repaired", where=node.filename,
                       hint='"byre check" says what is wrong')  # fmt: skip
+    return result.messages
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -178,17 +182,30 @@ def _mend(node: Qcow2Node, control: Control | None, fix: str) -> Findings:
     return findings
 
 
+def _structure_clusters(walk: Walk) -> Keys:
+    """The clusters of the refcount table and its blocks, as many as there may be messages about."""
+    header = walk.subject.header
+    first = header.refcount_table_offset >> header.cluster_bits
+    table = np.arange(first, first + header.refcount_table_clusters, dtype=np.int64)
+    return np.unique(np.concatenate((table, walk.refcount_blocks()[1])))[:MESSAGE_LIMIT]
+
+
 def _rebuilt(node: Qcow2Node, control: Control | None, found: Analysis) -> Analysis:
     """Write refcount structures (and the snapshot table, if it is bad) anew, and look again."""
     before = found.findings
     assert found.walk is not None
     before.say("Rebuilding refcount structure")
+    old = _structure_clusters(found.walk)
     node.header = repair.rebuild(found.walk, control, found.width, bad_snapshots=found.bad_snapshots)
     after = _analyse(node, control, width=found.width)
     if after.findings.leaks:
         # Only where damaged tables refer to the header, as if it were a table: it has changed.
         after = _analyse(node, control, fix="leaks", width=found.width)
         after.findings.leaks_fixed = 0
+    # As if the old structure had been counted anew before it was let go.
+    old = old[old < after.subject.cluster_count]
+    for cluster, count in zip(old.tolist(), after.subject.gather(old)[0].tolist(), strict=True):
+        before.say(f"Repairing cluster {cluster} refcount={count + 1} reference={count}")
     findings = after.findings
     findings.corruptions_fixed += max(0, before.corruptions - findings.corruptions)
     findings.leaks_fixed += max(0, before.leaks - findings.leaks)

@@ -79,6 +79,8 @@ class Mapping:
         self._guard: Guard | None = None
         #: Host clusters that were found to be no metadata.
         self._harmless: set[int] = set()
+        #: Counts of new L2 tables are written at once, where other counts wait.
+        self.count_tables = False
         #: A discarded cluster keeps its space ("discard-no-unref"); where, is noted for the caller.
         self.keep_discarded = False
         self.kept: list[int] = []
@@ -291,7 +293,9 @@ class Mapping:
         if self._report is not None:
             self._report("l2_alloc_write")
         old = self.l2.get(host) if host else None
-        new_host = self.refcounts.allocate(1)
+        new_host = self.refcounts.allocate(1, "L2 table")
+        if self.count_tables:
+            self.refcounts.write_back()
         table = self.l2.create(new_host, old)
         self._set_l1(l1_index, new_host | COPIED)
         if host:
@@ -505,11 +509,8 @@ class Mapping:
         if word & COMPRESSED:
             host, length = entries.compressed_host(word, self.cluster_bits)
             first = host >> self.cluster_bits
-            count = ((host + length - 1) >> self.cluster_bits) - first + 1
-            self._vet(host, count)
-            self._free(first, count)
+            self._free(first, ((host + length - 1) >> self.cluster_bits) - first + 1)
         elif word & OFFSET_MASK and not self.data_file:
-            self._vet(word & OFFSET_MASK, 1)
             self._free((word & OFFSET_MASK) >> self.cluster_bits, 1)
 
     def publish_compressed(self, offset: int, hosts: list[int], lengths: list[int]) -> None:

@@ -60,12 +60,14 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
         if header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not (flags.read_only or flags.check):
             from .check import repair_dirty
 
-            repair_dirty(node)
+            graph.repairs += repair_dirty(node)
         if node.has_bitmaps() and not (node.read_only or flags.check):
             # A directory that makes no sense is refused before anything is written.
             count, most = len(node.bitmap_store().entries()), request.opener.policy.max_bitmaps
             if most and count > most:
-                raise ImageError(f"the image has {count} bitmaps, allowed are {most} for an untrusted image", where=where)
+                raise ImageError(
+                    f"the image has {count} bitmaps, allowed are {most} for an untrusted image", where=where
+                )
     return node
 
 

@@ -39,17 +39,17 @@ INACTIVE_L2: Final = "inactive-l2"
 BITMAP_DIRECTORY: Final = "bitmap-directory"
 
 CLASSES: Final = {
-    HEADER: "the header",
-    ACTIVE_L1: "the active L1 table",
-    ACTIVE_L2: "an active L2 table",
-    REFCOUNT_TABLE: "the refcount table",
-    REFCOUNT_BLOCK: "a refcount block",
-    SNAPSHOT_TABLE: "the snapshot table",
-    INACTIVE_L1: "an inactive L1 table",
-    INACTIVE_L2: "an inactive L2 table",
-    BITMAP_DIRECTORY: "the bitmap directory",
+    HEADER: "qcow2_header",
+    ACTIVE_L1: "active L1 table",
+    ACTIVE_L2: "active L2 table",
+    REFCOUNT_TABLE: "refcount table",
+    REFCOUNT_BLOCK: "refcount block",
+    SNAPSHOT_TABLE: "snapshot table",
+    INACTIVE_L1: "inactive L1 table",
+    INACTIVE_L2: "inactive L2 table",
+    BITMAP_DIRECTORY: "bitmap directory",
 }
-"""Name of the option to what messages call it."""
+"""Name of the option to what messages call it; scripts look for these words."""
 
 _CONSTANT: Final = frozenset((HEADER, ACTIVE_L1, REFCOUNT_TABLE, SNAPSHOT_TABLE, BITMAP_DIRECTORY))
 _CACHED: Final = _CONSTANT | {ACTIVE_L2, REFCOUNT_BLOCK, INACTIVE_L1}
@@ -132,8 +132,9 @@ class Guard:
         """:raises Corrupt: writing ``what`` there would overwrite metadata"""
         found = self._class_at(first, first + count, ignore)
         if found:
-            raise Corrupt(f"{what} at {first << self.bits:#x} is where {CLASSES[found]} lies: not writing there",
-                          where=self.node.filename, hint='run "byre check -r all"')  # fmt: skip
+            raise Corrupt(f"Preventing invalid write on metadata (overlaps with {CLASSES[found]})",
+                          where=self.node.filename,
+                          hint=f'{what} is said to lie at {first << self.bits:#x}; run "byre check -r all"')  # fmt: skip
 
     def check_l2(self, host: int) -> None:
         """:raises Corrupt: other metadata lies where an L2 table of the active layer is said to be"""

@@ -162,16 +162,17 @@ class Refcounts:
 
     # -- allocation -------------------------------------------------------------------------------
 
-    def allocate(self, count: int) -> int:
+    def allocate(self, count: int, what: str = "") -> int:
         """``count`` contiguous clusters, counted once; their host offset.
 
+        :param what: what they are for
         :raises NoSpace: the format cannot address more
         """
         self._report("cluster_alloc")
         self.allocated = True
-        first = self._find_unused(count)
+        first = self._find_unused(count, what)
         while not self._ensure_blocks(first, count):
-            first = self._find_unused(count)
+            first = self._find_unused(count, what)
         self._change(first, count, 1)
         if count == 1 or first == self._hint:
             self._hint = first + count
@@ -194,7 +195,7 @@ class Refcounts:
         self._change(first, count, -1)
         self._hint = min(self._hint, first)
 
-    def _find_unused(self, count: int) -> int:
+    def _find_unused(self, count: int, what: str) -> int:
         """Free clusters that no structure the node knows lies in, whatever the counts say.
 
         :raises Corrupt: the counts call metadata free
@@ -202,8 +203,9 @@ class Refcounts:
         first = self._find(self._hint, count)
         structure = self._metadata_at(first, count)
         if structure:
-            raise Corrupt(f"the refcounts call host cluster {first} free, but {structure} lies there",
-                          where=self.where, hint='run "byre check -r all"')  # fmt: skip
+            raise Corrupt(f"Preventing invalid allocation of {what} at offset 0" if what and not first else
+                          f"Preventing invalid write on metadata (overlaps with {structure})", where=self.where,
+                          hint=f'the refcounts call host cluster {first} free; run "byre check -r all"')  # fmt: skip
         return first
 
     def _find(self, start: int, count: int) -> int:
@@ -436,6 +438,11 @@ class Refcounts:
             for cluster in range(first, first + count):
                 if self.get(cluster):
                     continue
+                structure = self._metadata_at(cluster, 1)
+                if structure:
+                    raise Corrupt(f"Preventing invalid freeing of metadata (overlaps with {structure})",
+                                  where=self.where,
+                                  hint=f'host cluster {cluster} is let go; run "byre check -r all"')  # fmt: skip
                 host = cluster << self.cluster_bits
                 if self._packed_at and (self._packed_at - 1) >> self.cluster_bits == cluster:
                     self._packed_at = 0

@@ -100,7 +100,7 @@ def tune(node: Qcow2Node) -> None:
     if node.read_only:
         return
     lazy = options.flag("lazy-refcounts") if "lazy-refcounts" in options else header.lazy_refcounts
-    node.lazy_refcounts = lazy and header.version >= 3
+    node.lazy_refcounts = node.mapping.count_tables = lazy and header.version >= 3
     node.mapping.keep_discarded = options.flag("discard-no-unref")
     if node.refcounts is not None:
         from .overlap import Guard, chosen_classes
