@@ -54,29 +54,41 @@ def rebase(bench: Bench, size: int) -> None:
 
 
 def commit(bench: Bench, size: int) -> None:
-    """All of the disk is written in the overlay."""
-    base, top, kept = map(bench.path, ("base", "top", "kept"))
-    raw = bench.make_image("mixed", "disk.raw", size)
-    make(bench, "create", "-q", "-f", "qcow2", base, str(size))
-    make(bench, "convert", "-S", "0", "-f", "raw", "-O", "qcow2", raw, kept)
-    make(bench, "rebase", "-u", "-f", "qcow2", "-b", base, "-F", "qcow2", kept)
-    words = f"{size >> 30} GiB" if size >> 30 else f"{size >> 20} MiB"
-
-    def fresh() -> None:
+    """All of the disk is written in the overlay; once with bytes everywhere, once half of it with zeroes."""
+    for kind, words in (("dense", "data"), ("mixed", "data and zeroes")):
+        base, top, kept = map(bench.path, ("base", "top", "kept"))
+        raw = dense(bench, size) if kind == "dense" else bench.make_image("mixed", "disk.raw", size)
         make(bench, "create", "-q", "-f", "qcow2", base, str(size))
-        shutil.copy(kept, top)
+        make(bench, "convert", "-S", "0", "-f", "raw", "-O", "qcow2", raw, kept)
+        make(bench, "rebase", "-u", "-f", "qcow2", "-b", base, "-F", "qcow2", kept)
+        amount = f"{size >> 30} GiB" if size >> 30 else f"{size >> 20} MiB"
 
-    def verified() -> dict[str, object]:
-        if not bench.verify or not bench.peer:
-            return {}
-        bench.run_peer("compare", "-f", "raw", "-F", "qcow2", raw, base)
-        return {"verified": True}
+        def fresh(base: str = base, top: str = top, kept: str = kept) -> None:
+            make(bench, "create", "-q", "-f", "qcow2", base, str(size))
+            shutil.copy(kept, top)
 
-    bench.row(f"commit of {words}", ["commit", "-f", "qcow2", top], goal=Goal(1.0), prepare=fresh, finish=verified)
-    bench.row(f"commit -d of {words}", ["commit", "-d", "-f", "qcow2", top], goal=Goal(1.0), prepare=fresh,
-              finish=verified)  # fmt: skip
-    for name in (base, top, kept, raw):
-        Path(name).unlink(missing_ok=True)
+        def verified(raw: str = raw, base: str = base) -> dict[str, object]:
+            if not bench.verify or not bench.peer:
+                return {}
+            bench.run_peer("compare", "-f", "raw", "-F", "qcow2", raw, base)
+            return {"verified": True}
+
+        for option in ("", "-d"):
+            name = " ".join(filter(None, ("commit", option, "of", amount, "of", words)))
+            command = ["commit", *filter(None, [option]), "-f", "qcow2", top]
+            bench.row(name, command, goal=Goal(1.0), prepare=fresh, finish=verified)
+        for path in (base, top, kept, raw):
+            Path(path).unlink(missing_ok=True)
+
+
+def dense(bench: Bench, size: int) -> str:
+    """A raw disk without a zero anywhere that is a sector long."""
+    path = bench.path("disk.raw")
+    piece = random.Random(0).randbytes(16 * PIECE)
+    with open(path, "wb") as file:
+        for start in range(0, size, len(piece)):
+            file.write(piece[: size - start])
+    return path
 
 
 def overlay(bench: Bench, name: str, base: str) -> None:

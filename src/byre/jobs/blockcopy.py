@@ -36,6 +36,8 @@ _COMPRESS_CHUNK: Final = MIB
 _BULK: Final = 256 * KIB
 _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
+_HELD_BACK: Final = 32 * MIB
+"""So much is written before the system is told to begin with it: else the flush at the end would wait for all."""
 
 
 class Segment(NamedTuple):
@@ -174,9 +176,13 @@ class BlockCopy:
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
+        self._files: list[_BulkFile] = []
         for child in getattr(node, "sources", ()):
-            if hasattr(child.node, "bulk_size"):
+            if isinstance(child.node, _BulkFile):
                 child.node.bulk_size = _BULK
+                self._files.append(child.node)
+        self._held_back = 0
+        self._held_lock = threading.Lock()
         if settings.compress:
             from ..formats.abilities import HasCompression
 
@@ -357,7 +363,17 @@ class BlockCopy:
                     target.write_zeroes(offset, length, unmap=unmap)
         except ByreError as error:
             raise _at(error, "writing", offset) from error
+        self._start_write_back(moved)
         return moved
+
+    def _start_write_back(self, moved: int) -> None:
+        with self._held_lock:
+            self._held_back += moved
+            if self._held_back < _HELD_BACK:
+                return
+            self._held_back = 0
+        for file in self._files:
+            file.start_write_back()
 
 
 def _at(error: ByreError, verb: str, offset: int) -> ByreError:
@@ -368,6 +384,18 @@ def _at(error: ByreError, verb: str, offset: int) -> ByreError:
 
 def _is_power_of_two(value: int) -> bool:
     return value & (value - 1) == 0
+
+
+@runtime_checkable
+class _BulkFile(Protocol):
+    """What ``protocols/file.py`` does for those who write much in order.
+
+    :ivar bulk_size: writes of at least so many bytes have their space allocated first
+    """
+
+    bulk_size: int
+
+    def start_write_back(self) -> None: ...
 
 
 @runtime_checkable

@@ -11,9 +11,23 @@ from ..errors import IOFailure, from_oserror
 from ..graph.node import Stats
 from ..typing import Final
 
-__all__ = ["FlushState"]
+__all__ = ["FlushState", "start_write_back"]
 
 _CHANGES: Final = (Stats.WRITE, Stats.ZEROES, Stats.DISCARD)
+_SYNC_FILE_RANGE_WRITE: Final = 2
+
+
+def start_write_back(fd: int) -> None:
+    """Have the system begin to write what it holds back of a file, without waiting; nothing where it cannot.
+
+    Says nothing about durability: errors are left for the flush.
+    """
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        function(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 
 class FlushState:

@@ -20,7 +20,7 @@ from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 from . import descriptor
-from .durability import FlushState
+from .durability import FlushState, start_write_back
 from .filespace import FileSpace
 from .length import FileLength, check_preallocation, set_length
 from .locks import FileLocks
@@ -317,6 +317,11 @@ class FileNode(Node):
         """:raises IOFailure: this flush failed, or one before: what was written since the last good one may be lost"""
         if not self.open_flags.no_flush:
             self._flushes.flush(self._fd)
+
+    def start_write_back(self) -> None:
+        """A flush will come: the system may begin to write now. For copies of more than a cache should hold back."""
+        if not self.open_flags.no_flush and self._direct is None:
+            start_write_back(self._fd)
 
     # -- zeroes, discards, holes ------------------------------------------------------------------
 
