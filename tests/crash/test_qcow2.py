@@ -96,8 +96,11 @@ def test_the_peer_finds_no_damage_either(name: str, qemu_img: Callable[..., Any]
     for sequence in chooser.sample(workloads(case, case.chosen), 3):
         states = list(Recording(begin, [(step, table[step]) for step in sequence]).states())
         for state in chooser.sample(states, min(3, len(states))):
-            (tmp_path / "image").write_bytes(state.disks["image"].to_bytes())
-            done = qemu_img("check", "-f", "qcow2", "image", check=False, cwd=tmp_path)
+            content = state.disks["image"].to_bytes()
+            (tmp_path / "image").write_bytes(content)
+            # A dirty image says that its counts are wrong; they can be made right.
+            mend = ("-r", "all") if content[7] == 3 and content[79] & 1 else ()
+            done = qemu_img("check", "-f", "qcow2", *mend, "image", check=False, cwd=tmp_path)
             assert done.returncode in (0, 3), f"{sequence} {state.story}\n{done.stdout}{done.stderr}"
 
 
