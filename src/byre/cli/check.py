@@ -117,7 +117,8 @@ def _pass(node: Checkable, fix: str, *, quiet: bool, progress: bool) -> CheckRes
     control = Control(measure=progress)
     with Display(control, "check", mode_for(progress, "", quiet)):
         result = node.check(control, fix)
-    sys.stderr.write("".join(f"{printable(message)}\n" for message in result.messages))
+    for message in result.messages:
+        sys.stderr.write(f"{printable(message)}\n".replace("\\nUse ", "\nUse "))  # one of them has two lines
     return result
 
 

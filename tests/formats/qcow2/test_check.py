@@ -361,7 +361,7 @@ def compare(qemu_img: Any, path: Path, what: object = "") -> None:
         assert mine.check_errors, what
         return
     assert counts(mine) == tuple(theirs.get(name, 0) for name in COUNTS), what
-    said = [line for text in mine.messages for line in text.splitlines() if not line.startswith("Use amend")]
+    said = [line for text in mine.messages for line in text.splitlines() if not line.startswith("Use qemu-img amend")]
     assert Counter(said) == Counter(lines), what
 
 
