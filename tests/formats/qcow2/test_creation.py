@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from byre.errors import ByreError, InvalidArgument, NoSpace, NotSupported
+from byre.errors import AccessDenied, ByreError, InvalidArgument, NoSpace
 from byre.formats import qcow2
 from byre.formats.qcow2 import creation, layout
 from byre.graph.creating import create
@@ -145,9 +145,9 @@ def test_refusals(tmp_path: Path, options: dict[str, object], words: str) -> Non
     assert not path.exists()
 
 
-def test_encryption_is_refused_until_it_is_there() -> None:
-    for options in ({"encryption": "on"}, {"encrypt.format": "luks", "encrypt.key-secret": "s"}):
-        with pytest.raises(NotSupported, match="encrypted"):
+def test_encryption_needs_a_secret() -> None:
+    for options in ({"encryption": "on"}, {"encrypt.format": "luks"}):
+        with pytest.raises(AccessDenied, match="key-secret"):
             qcow2.check_create(values(**options))
     qcow2.check_create(values(encryption="off"))
 
