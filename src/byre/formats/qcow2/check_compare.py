@@ -71,8 +71,8 @@ class Comparison:
             key = int(row + window.low if window.keys is None else window.keys[row])
             times = int(window.counters[row] & window.mask) - limit
             self.findings.corrupt(
-                f"ERROR: overflow cluster offset=0x{key << self.subject.cluster_bits:x}\nUse qemu-img amend to increase "
-                "the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for "
+                f"ERROR: overflow cluster offset=0x{key << self.subject.cluster_bits:x}\nUse qemu-img amend to "
+                "increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for "
                 "writing",
                 times,
             )

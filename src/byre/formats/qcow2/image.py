@@ -308,8 +308,8 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
 
         self._check_compressible()
         if offset % self.cluster_size or not all(0 < len(payload) < self.cluster_size for payload in payloads):
-            raise InvalidArgument(f"compressed clusters begin at multiples of {self.cluster_size} bytes and are smaller "
-                                  "than that", where=self.filename)  # fmt: skip
+            raise InvalidArgument(f"compressed clusters begin at multiples of {self.cluster_size} bytes and are "
+                                  "smaller than that", where=self.filename)  # fmt: skip
         engine.write_compressed(self, offset, payloads)
 
     def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
@@ -433,7 +433,7 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
         if self.read_only and not flags.read_only:
             from .opening import check_usable
 
-            check_usable(self.header, False, True, self.filename)
+            check_usable(self.header, False, self.filename)
         if options.given:
             from .runtime import check_options
 

@@ -31,7 +31,7 @@ def open_qcow2(request: OpenRequest) -> Qcow2Node:
     flags = request.flags
     if file.read_only and not flags.read_only:
         flags = flags._replace(read_only=True)
-    check_usable(header, flags.read_only or flags.check, flags.no_io or flags.check, where)
+    check_usable(header, flags.read_only or flags.check, where)
     if request.options.given:
         from .runtime import check_options
 
@@ -100,7 +100,7 @@ def read_header(
         raise
 
 
-def check_usable(header: layout.Header, read_only: bool, no_io: bool, where: str) -> None:
+def check_usable(header: layout.Header, read_only: bool, where: str) -> None:
     """:raises Corrupt: the image is marked corrupt and is to be written"""
     if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT and not read_only:
         raise Corrupt("the image is marked corrupt; it cannot be opened for writing", where=where,
