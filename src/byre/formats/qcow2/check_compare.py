@@ -72,8 +72,8 @@ class Comparison:
             times = int(window.counters[row] & window.mask) - limit
             self.findings.corrupt(
                 f"ERROR: overflow cluster offset=0x{key << self.subject.cluster_bits:x}\nUse qemu-img amend to "
-                "increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for "
-                "writing",
+                "increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be "
+                "opened for writing",
                 times,
             )
 
