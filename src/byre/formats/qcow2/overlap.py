@@ -134,7 +134,7 @@ class Guard:
         if found:
             raise Corrupt(f"Preventing invalid write on metadata (overlaps with {CLASSES[found]})",
                           where=self.node.filename,
-                          hint=f'{what} is said to lie at {first << self.bits:#x}; run "byre check -r all"')  # fmt: skip
+                          hint=f'{what} would lie at {first << self.bits:#x}; run "byre check -r all"')  # fmt: skip
 
     def check_l2(self, host: int) -> None:
         """:raises Corrupt: other metadata lies where an L2 table of the active layer is said to be"""
