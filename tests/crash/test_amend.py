@@ -39,7 +39,7 @@ def empty(image: Image, _number: int) -> None:
 
 
 def write(image: Image, number: int) -> None:
-    image.write(image.size // 2 + number * 512, pattern(number, 1500))
+    image.write(image.size // 2 + number % 8 * 512, pattern(number, 1500))
 
 
 def flush(image: Image, _number: int) -> None:
@@ -154,3 +154,28 @@ def test_no_state_of_emptying_is_bad() -> None:
         base = image.read(0, image.size)
     start = start._replace(base=base)
     assert run(start, [("empty", empty), ("flush", flush)], snapshots=False) >= 8
+
+
+@pytest.mark.parametrize("cluster", [512, 4096])
+@pytest.mark.parametrize("backed", [False, True])
+def test_no_state_of_lazy_counts_and_snapshots_is_bad(cluster: int, backed: bool) -> None:
+    """Each leaves the dirty bit to the other as it found it."""
+    start = setup(cluster, 24, lazy_refcounts=True, backed=backed)
+    steps: list[tuple[str, Step]] = [
+        ("write", write),
+        ("flush", flush),
+        ("snapshot", lambda image, number: void(image.create_snapshot(f"s{number}"))),
+        ("write", write),
+        ("zero", lambda image, _number: image.write_zeroes(0, 4 * cluster)),
+        ("flush", flush),
+        ("snapshot", lambda image, number: void(image.create_snapshot(f"s{number}"))),
+        ("discard", lambda image, _number: image.discard(0, 8 * cluster)),
+        ("flush", flush),
+        ("delete", lambda image, _number: image.delete_snapshot("s2")),
+        ("write", write),
+    ]
+    assert run(start, steps, snapshots=False) >= 40
+
+
+def void(_result: object) -> None:
+    pass
