@@ -85,10 +85,19 @@ def test_interpreters_in_awkward_places(tmp_path: Path, folder: str) -> None:
     assert done.stdout.startswith("qemu-img version")
 
 
-@pytest.mark.parametrize(("arguments", "part"), [([], "expecting one folder"), (["/nonexistent"], "not a folder")])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [([], "expecting one folder"), (["/nonexistent/deeper"], "No such file"), (["/dev/null"], "not a folder")],
+)
 def test_refusals(capsys: Output, arguments: list[str], part: str) -> None:
     assert main(["links", *arguments]) == 1
     assert part in capsys.readouterr().err
+
+
+def test_the_folder_is_made(tmp_path: Path, capsys: Output) -> None:
+    place = tmp_path / "bin"
+    assert main(["links", str(place)]) == 0
+    assert sorted(path.name for path in place.iterdir()) == ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: Output) -> None:

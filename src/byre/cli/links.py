@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Final
 
-from ..errors import AlreadyExists, InvalidArgument, NotFound, from_oserror
+from ..errors import AlreadyExists, InvalidArgument, from_oserror
 from . import common
 
 __all__ = ["HELP", "run", "script"]
@@ -35,13 +35,23 @@ _SHEBANG_LIMIT: Final = 127
 _MARK: Final = "# Made by `byre links`."
 
 
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    if os.path.lexists(folder):
+        raise InvalidArgument("is not a folder", where=folder)
+    try:
+        os.mkdir(folder)
+    except OSError as error:
+        raise from_oserror(error, "cannot make the folder", folder) from None
+
+
 def run(arguments: list[str]) -> int:
     given = common.parse(_TABLE, arguments)
     if len(given.positional) != 1:
         raise common.UsageError("expecting one folder")
     folder = given.positional[0]
-    if not os.path.isdir(folder):
-        raise NotFound("is not a folder", where=folder)
+    _make_folder(folder)
     if not sys.executable:
         raise InvalidArgument("cannot tell where the Python interpreter lies")
     text = script(sys.executable, _folders())
