@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byre.io.tables import PAGE, TableCache, decode_words, encode_words, page_runs, write_ordered
+from byre.io.tables import PAGE, TableCache, decode_words, encode_words, page_runs
 from byre.protocols.memory import MemoryNode
 
 LENGTH = 4 * PAGE
@@ -173,18 +173,6 @@ def test_a_failed_write_leaves_the_table_dirty() -> None:
     disk.broken = False
     assert cache.write_dirty() == 1
     assert disk.log == [("write", 0, LENGTH)]
-
-
-def test_stages_are_separated_by_a_flush_where_something_was_written() -> None:
-    disk = Disk()
-
-    def stage(name: int, wrote: int) -> int:
-        if wrote:
-            disk.log.append(("write", name, 0))
-        return wrote
-
-    write_ordered(disk, [lambda: stage(1, 1), lambda: stage(2, 0), lambda: stage(3, 1), lambda: stage(4, 1)])
-    assert disk.log == [("write", 1, 0), ("flush", 0, 0), ("write", 3, 0), ("flush", 0, 0), ("write", 4, 0)]
 
 
 def test_words_survive_any_page_size() -> None:

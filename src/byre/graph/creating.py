@@ -12,7 +12,7 @@ from ..units import SECTOR, align_up
 from .chain import layers
 from .graph import Graph
 from .node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node
-from .opening import Opener, OpenFlags, Policy, has_protocol, parse_filename, resolve_backing
+from .opening import Opener, OpenFlags, Policy, parse_filename, resolve_backing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -191,7 +191,3 @@ def _close(graph: Graph, nodes: list[Node]) -> None:
         for edge in list(node.parents):
             graph._unlink(edge)
         graph.release(node)
-
-
-def is_plain_path(name: str) -> bool:
-    return not has_protocol(name)

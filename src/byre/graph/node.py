@@ -11,7 +11,7 @@ import threading
 from time import perf_counter_ns
 
 from ..errors import NotSupported
-from ..io.extent import DATA, FUA, NO_FALLBACK, ZERO, Extent
+from ..io.extent import DATA, FUA, NO_FALLBACK, Extent
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -282,6 +282,3 @@ class Node:
 
     def debug_event(self, name: str) -> None:
         """The parent is about to do ``name`` ("l2_load", "cluster_alloc", ...; see filters/faults.py): may block."""
-
-    def zero_extent(self, offset: int, length: int) -> Extent:
-        return Extent(offset, length, ZERO)

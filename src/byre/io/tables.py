@@ -1,4 +1,4 @@
-"""A cache of metadata tables, and the rule that they reach the disk in safe order.
+"""A cache of metadata tables; in which order they reach the disk is for the format that owns them.
 
 A table is kept as an ``array("Q")`` in host byte order (scalar code indexes it, bulk code views it with
 numpy) or, where entries are not 64 bits wide, as the bytes on disk. What changed is remembered by
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..graph.node import Node
 
-__all__ = ["PAGE", "Table", "TableCache", "decode_words", "encode_words", "page_runs", "write_ordered"]
+__all__ = ["PAGE", "Table", "TableCache", "decode_words", "encode_words", "page_runs"]
 
 PAGE: Final = 4096
 _SWAP: Final = sys.byteorder == "little"
@@ -213,13 +213,3 @@ class TableCache:
                 return
             if not table.dirty:
                 del self.tables[host]
-
-
-def write_ordered(file: Node, stages: Iterable[Callable[[], int]]) -> None:
-    """Run the stages in order, with a flush of ``file`` between one that wrote something and the next that does."""
-    pending = False
-    for stage in stages:
-        if pending:
-            file.flush()
-            pending = False
-        pending = bool(stage())

@@ -179,10 +179,6 @@ class Refcounts:
         self.virgin = max(self.virgin, first + count) if self.virgin < 1 << 62 else self.virgin
         return first << self.cluster_bits
 
-    def is_virgin(self, host: int) -> bool:
-        """Whether the cluster at ``host`` was never handed out; ask before :meth:`allocate`."""
-        return host >> self.cluster_bits >= self.virgin
-
     def allocate_zeroed(self, count: int) -> tuple[int, bool]:
         """:meth:`allocate`, and whether the clusters are known to read as zeroes."""
         virgin = self.virgin
