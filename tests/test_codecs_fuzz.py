@@ -67,6 +67,8 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
         st.one_of(st.just(0), st.integers(112, 512)),
         st.integers(0, 1023),
     ),
+    "extended": st.booleans(),
+    "kind": st.sampled_from([0, 1, 2, 5, 6, 0x8001, 0x8002]),
     "repair": st.booleans(),
     "size": st.integers(0, 1 << 63),
     "file_size": st.integers(0, 1 << 63),

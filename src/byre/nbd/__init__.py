@@ -1,0 +1,1 @@
+"""The NBD protocol: codec, negotiation, server and client."""
