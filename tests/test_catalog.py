@@ -6,7 +6,8 @@ from importlib import import_module
 
 import pytest
 
-from byre.catalog import CATALOG, by_prefix, driver, formats, probe
+from byre import catalog
+from byre.catalog import CATALOG, TAIL_SIZE, Driver, by_prefix, driver, formats, probe
 from byre.errors import InvalidArgument
 from byre.options import OptionSet
 
@@ -33,6 +34,16 @@ def test_probing() -> None:
     assert probe(b"QFI\xfb\0\0\0").name == "raw"  # cut short
     assert probe(b"QFI\xfb\0\0\0\x09" + bytes(100)).name == "raw"
     assert probe(b"\0" + b"QFI\xfb\0\0\0\3").name == "raw"
+
+
+def test_the_end_counts_where_the_beginning_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Driver("late", "format", "byre.formats.raw", "says at its end what it is", tails=(((4, b"late"),),))
+    monkeypatch.setattr(catalog, "CATALOG", (*CATALOG, row))
+    tail = b"\0\0\0\0late".ljust(TAIL_SIZE, b"\0")
+    assert probe(bytes(2048), tail).name == "late"
+    assert probe(tail, bytes(TAIL_SIZE)).name == "raw"
+    assert probe(b"QFI\xfb\0\0\0\3", tail).name == "qcow2"
+    assert probe(bytes(20), tail[:100]).name == "raw"
 
 
 def test_an_unknown_driver_says_where_the_list_is() -> None:

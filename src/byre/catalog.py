@@ -20,6 +20,7 @@ class Driver(NamedTuple):
     :ivar module: has ``OPTIONS``, ``open_node(request)`` and, where it can create, ``CREATE_OPTIONS``
         and ``create(request)``
     :ivar signatures: alternatives of ``(offset, bytes)`` pairs that must all match the first 2 KiB
+    :ivar tails: the same in the last 512 bytes, for formats that may have nothing at the beginning
     :ivar abilities: letters, r read, w write, c create
     :ivar prefix: ``prefix:name`` selects this protocol
     """
@@ -31,6 +32,7 @@ class Driver(NamedTuple):
     signatures: tuple[tuple[tuple[int, bytes], ...], ...] = ()
     abilities: str = "r"
     prefix: str = ""
+    tails: tuple[tuple[tuple[int, bytes], ...], ...] = ()
 
     def load(self) -> ModuleType:
         """The driver's module. ``importlib`` is more than start-up needs."""
@@ -52,6 +54,9 @@ CATALOG: tuple[Driver, ...] = (
            (((0, b"QFI\xfb\0\0\0\2"),), ((0, b"QFI\xfb\0\0\0\3"),)), abilities="rwc"),
     Driver("luks", "format", "byre.formats.luks", "encrypted volume, LUKS version 1 (version 2 read-only)",
            (((0, b"LUKS\xba\xbe\0\1"),), ((0, b"LUKS\xba\xbe\0\2"),)), abilities="rwc"),
+    Driver("bochs", "format", "byre.formats.bochs", "growing disks of Bochs, versions 1 and 2",
+           (((0, b"Bochs Virtual HD Image\0"), (32, b"Redolog\0"), (48, b"Growing\0"), (64, b"\0\0\1\0")),
+            ((0, b"Bochs Virtual HD Image\0"), (32, b"Redolog\0"), (48, b"Growing\0"), (64, b"\0\0\2\0")))),
     Driver("blkdebug", "filter", "byre.filters.faults", "fails chosen requests", abilities="rw", prefix="blkdebug"),
     Driver("blkverify", "filter", "byre.filters.verify", "compares two children on every read", abilities="rw",
            prefix="blkverify"),
@@ -59,6 +64,7 @@ CATALOG: tuple[Driver, ...] = (
 )  # fmt: skip
 
 PROBE_SIZE = 2048
+TAIL_SIZE = 512
 
 _BY_NAME = {row.name: row for row in CATALOG}
 _BY_PREFIX = {row.prefix: row for row in CATALOG if row.prefix}
@@ -83,15 +89,24 @@ def formats() -> list[Driver]:
     return [row for row in CATALOG if row.kind == "format"]
 
 
-def probe(head: bytes) -> Driver:
+def probe(head: bytes, tail: bytes = b"") -> Driver:
     """The format of an image that begins with ``head`` (2 KiB, less if it is shorter); raw is the last resort.
 
-    The longest matching signature wins.
+    The longest matching signature wins. What the end says counts only where the beginning says nothing.
+
+    :param tail: the last 512 bytes; may be left out if :func:`probe` of ``head`` alone is not raw
     """
-    best, score = _BY_NAME["raw"], 0
+    best = _longest_match(head, tail=False)
+    if best is None and len(tail) == TAIL_SIZE:
+        best = _longest_match(tail, tail=True)
+    return best or _BY_NAME["raw"]
+
+
+def _longest_match(data: bytes, *, tail: bool) -> Driver | None:
+    best, score = None, 0
     for row in CATALOG:
-        for signature in row.signatures:
-            if all(head[at : at + len(magic)] == magic for at, magic in signature):
+        for signature in row.tails if tail else row.signatures:
+            if all(data[at : at + len(magic)] == magic for at, magic in signature):
                 weight = sum(len(magic) for _, magic in signature)
                 if weight > score:
                     best, score = row, weight

@@ -1,14 +1,17 @@
-"""raw: the bytes of the file, a slice of them, and the guard over a probed image's first sector."""
+"""raw: the bytes of the file, a slice of them, and the guard over a probed image's first and last sector."""
 
 from __future__ import annotations
 
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import byre
+from byre import catalog
+from byre.catalog import Driver
 from byre.errors import AccessDenied, ByreError, ImageError, InvalidArgument, ReadOnly
 from byre.graph.creating import create
 from byre.image import Image
@@ -96,6 +99,50 @@ def test_the_overlay_says_raw_so_nothing_is_probed(tmp_path: Path, path: Path) -
     create(str(tmp_path / "top"), "qcow2", options={"backing_file": "disk.img", "backing_fmt": "raw"})
     with byre.open(str(tmp_path / "top")) as image:
         assert image.read(0, 8) == MAGIC
+
+
+# -- its last sector ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The last sector of a format that is known by it."""
+    row = Driver("late", "format", "byre.formats.raw", "says at its end what it is", tails=(((2, b"late\0\0end"),),))
+    monkeypatch.setattr(catalog, "CATALOG", (*catalog.CATALOG, row))
+    return b"..late\0\0end".ljust(512, b".")
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_a_guest_cannot_turn_a_probed_image_into_another_format_by_its_end(path: Path, late: bytes, cut: int) -> None:
+    end = (1 << 20) - 512
+    with probed(path) as image:
+        with pytest.raises(AccessDenied, match=r"probed as raw, look like late.*-f raw"):
+            image.write(end, late[:cut])
+            image.write(end + cut, late[cut:])
+        with pytest.raises(AccessDenied):
+            image.writev(end - 4096, [memoryview(bytes(4096) + late[:cut]), memoryview(late[cut:])])
+        with pytest.raises(AccessDenied):
+            image.write(0, bytes(end) + late)
+        image.write(end - 512, late)  # anywhere else it may be
+        with pytest.raises(AccessDenied, match="look like late"):
+            image.resize(end, shrink=True)
+        assert image.size == 1 << 20
+    with probed(path) as image:
+        assert image.format == "raw"
+    with named(path) as image:
+        image.write(end, late)
+
+
+def test_zeroes_can_complete_the_end_too(path: Path, late: bytes) -> None:
+    fills = {"zeroes": Image.write_zeroes, "unmap": partial(Image.write_zeroes, unmap=True), "discard": Image.discard}
+    for fill in fills:
+        path.write_bytes(bytes((1 << 20) - 512) + late.replace(b"\0\0", b"xx"))
+        end = (1 << 20) - 512
+        with probed(path) as image:
+            with pytest.raises(AccessDenied, match="look like late"):
+                fills[fill](image, end + 6, 2)
+            image.write_zeroes(0, 1 << 20)  # this leads nowhere
+        assert not any(path.read_bytes())
 
 
 # -- slices -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """raw: the bytes of the file as they are, or a slice of them (``offset``, ``size``).
 
 No metadata, so requests go straight to the file. A raw image that was probed, not chosen, refuses
-writes that would make its first bytes look like another format.
+writes that would make its first or last bytes look like another format.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from time import perf_counter_ns
 
-from ..catalog import PROBE_SIZE, probe
+from ..catalog import PROBE_SIZE, TAIL_SIZE, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NoSpace, ReadOnly
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, Limits, Node, Stats
 from ..graph.opening import OpenFlags
@@ -69,7 +69,7 @@ class RawNode(Node):
     """A file, or a slice of one, as a disk. Guarded by: nothing; it has no state that requests change.
 
     :ivar base: where the disk begins in the file, bytes
-    :ivar probed: nobody said that it is raw, so its first bytes are protected
+    :ivar probed: nobody said that it is raw, so its first and last bytes are protected
     """
 
     kind = "format"
@@ -85,6 +85,8 @@ class RawNode(Node):
         self._report = file.debug_event if file.takes_events else None
         self.sources: tuple[Child, ...] = ()
         self.probed = False
+        #: Held from the look at a write to what is probed until it is done: two halves of a signature look harmless.
+        self._edges = threading.Lock()
         self.detect_zeroes = "off"
         self.pass_discard = True
         self.force_share = False
@@ -132,10 +134,16 @@ class RawNode(Node):
         self.stats.done(Stats.READ, sum(map(len, buffers)), started)
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
-        started = perf_counter_ns()
         self._check_write(offset, len(buffer))
-        if self.probed and offset < PROBE_SIZE:
-            self._check_probe(offset, buffer)
+        if self.probed and self._touches_probe(offset, len(buffer)):
+            with self._edges:
+                self._check_probe(offset, buffer)
+                self._write(offset, buffer, flags)
+        else:
+            self._write(offset, buffer, flags)
+
+    def _write(self, offset: int, buffer: memoryview, flags: int) -> None:
+        started = perf_counter_ns()
         if self._report is not None:
             self._report("write_aio")
         try:
@@ -153,10 +161,14 @@ class RawNode(Node):
         self.stats.done(Stats.WRITE, len(buffer), started)
 
     def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
-        if self.detect_zeroes != "off" or (self.probed and offset < PROBE_SIZE):
+        length = sum(map(len, buffers))
+        if self.detect_zeroes != "off":
             super().writev_from(offset, buffers, flags)
             return
-        length = sum(map(len, buffers))
+        if self.probed and self._touches_probe(offset, length):
+            # Together: buffer by buffer, what is in between could look like another format, or not.
+            self.write_from(offset, memoryview(b"".join(buffers)), flags)
+            return
         self._check_write(offset, length)
         try:
             self._file.writev_from(self.base + offset, buffers, flags)
@@ -164,13 +176,28 @@ class RawNode(Node):
             if self.tracker is not None:
                 self.tracker.mark(offset, length)
 
+    def _touches_probe(self, offset: int, length: int) -> bool:
+        """Whether a request reaches into what probing looks at: the first 2 KiB, the last 512 bytes."""
+        return offset < PROBE_SIZE or self.base + offset + length > self._file.size - TAIL_SIZE
+
     def _check_probe(self, offset: int, buffer: memoryview) -> None:
-        """A guest may not turn a probed raw image into another format by writing to its start."""
-        head = bytearray(min(PROBE_SIZE, max(self._file.size - self.base, offset + len(buffer))))
-        self._file.read_into(self.base, memoryview(head))
-        end = min(len(head), offset + len(buffer))
-        head[offset:end] = buffer[: end - offset]
-        found = probe(bytes(head))
+        """A guest may not turn a probed raw image into another format by writing to its start or its end."""
+        end = max(self._file.size - self.base, offset + len(buffer))
+        head = self._after_write(0, min(PROBE_SIZE, end), offset, buffer)
+        tail = self._after_write(end - TAIL_SIZE, TAIL_SIZE, offset, buffer) if end >= TAIL_SIZE else b""
+        self._check_format(head, tail)
+
+    def _after_write(self, start: int, length: int, offset: int, buffer: memoryview) -> bytes:
+        """What ``[start, start + length)`` holds once ``buffer`` is written at ``offset``."""
+        data = bytearray(length)
+        self._file.read_into(self.base + start, memoryview(data))
+        first, last = max(start, offset), min(start + length, offset + len(buffer))
+        if first < last:
+            data[first - start : last - start] = buffer[first - offset : last - offset]
+        return bytes(data)
+
+    def _check_format(self, head: bytes, tail: bytes) -> None:
+        found = probe(head, tail)
         if found.name != "raw":
             raise AccessDenied(
                 f"this write would make the image, which was probed as raw, look like {found.name}",
@@ -180,8 +207,10 @@ class RawNode(Node):
 
     def _check_probe_zeroes(self, offset: int, length: int) -> None:
         """Zeroes between bytes that are there can complete a signature as well."""
-        if self.probed and offset < PROBE_SIZE:
+        if offset < PROBE_SIZE:
             self._check_probe(offset, memoryview(bytes(min(length, PROBE_SIZE - offset))))
+        skip = max(length - TAIL_SIZE, 0)
+        self._check_probe(offset + skip, memoryview(bytes(length - skip)))
 
     def _check_write(self, offset: int, length: int) -> None:
         if self.read_only:
@@ -192,7 +221,14 @@ class RawNode(Node):
 
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         self._check_write(offset, length)
-        self._check_probe_zeroes(offset, length)
+        if self.probed and self._touches_probe(offset, length):
+            with self._edges:
+                self._check_probe_zeroes(offset, length)
+                self._write_zeroes(offset, length, flags)
+        else:
+            self._write_zeroes(offset, length, flags)
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         started = perf_counter_ns()
         try:
             self._file.write_zeroes(self.base + offset, length, flags)
@@ -202,16 +238,25 @@ class RawNode(Node):
         self.stats.done(Stats.ZEROES, length, started)
 
     def discard(self, offset: int, length: int) -> None:
-        if self.pass_discard:
-            started = perf_counter_ns()
-            self._check_write(offset, 0)
-            self._check_probe_zeroes(offset, length)
-            try:
-                self._file.discard(self.base + offset, min(length, self.size - offset))
-            finally:
-                if self.tracker is not None:
-                    self.tracker.mark(offset, length)
-            self.stats.done(Stats.DISCARD, length, started)
+        if not self.pass_discard:
+            return
+        self._check_write(offset, 0)
+        length = min(length, self.size - offset)
+        if self.probed and self._touches_probe(offset, length):
+            with self._edges:
+                self._check_probe_zeroes(offset, length)
+                self._discard(offset, length)
+        else:
+            self._discard(offset, length)
+
+    def _discard(self, offset: int, length: int) -> None:
+        started = perf_counter_ns()
+        try:
+            self._file.discard(self.base + offset, length)
+        finally:
+            if self.tracker is not None:
+                self.tracker.mark(offset, length)
+        self.stats.done(Stats.DISCARD, length, started)
 
     def flush(self) -> None:
         self._file.flush()
@@ -235,6 +280,11 @@ class RawNode(Node):
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         if self._slice is not None:
             raise ImageError("a slice of a file cannot be resized", where=self.filename)
+        if self.probed and TAIL_SIZE <= size < self._file.size - self.base:
+            # What lay in the middle of the disk comes to lie at its end.
+            nothing = memoryview(b"")
+            head = self._after_write(0, min(PROBE_SIZE, size), 0, nothing)
+            self._check_format(head, self._after_write(size - TAIL_SIZE, TAIL_SIZE, 0, nothing))
         tracker = self.tracker
         if tracker is not None and size > self.size:
             tracker.resize(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from ..catalog import PROBE_SIZE, Driver, by_prefix, driver, probe
+from ..catalog import PROBE_SIZE, TAIL_SIZE, Driver, by_prefix, driver, probe
 from ..errors import AccessDenied, ImageError, InvalidArgument, NotFound, printable
 from ..options import Option, OptionSet, OptionValues, convert, parse_json, unflatten
 from ..typing import TYPE_CHECKING, NamedTuple, cast
@@ -318,10 +318,17 @@ class Opener:
 
     @staticmethod
     def probe(file: Node) -> Driver:
-        head = bytearray(min(PROBE_SIZE, file.size))
+        """The format of the image in ``file``; its end is looked at only where its beginning says nothing."""
+        size = file.size
+        head = bytearray(min(PROBE_SIZE, size))
         if head:
             file.read_into(0, memoryview(head))
-        return probe(bytes(head))
+        found = probe(bytes(head))
+        if found.name != "raw" or size < TAIL_SIZE:
+            return found
+        tail = bytearray(TAIL_SIZE)
+        file.read_into(size - TAIL_SIZE, memoryview(tail))
+        return probe(bytes(head), bytes(tail))
 
     def _own_flags(self, given: Mapping[str, object], flags: OpenFlags) -> tuple[OpenFlags, dict[str, object]]:
         """(flags after the common options in ``given``, what remains)."""
