@@ -258,8 +258,8 @@ class ProtocolContract(WritableContract):
             assert extent.host in (extent.offset, -1)
 
 
-class FormatContract(WritableContract):
-    """A format; for those whose tables the engine works with, the mapping hooks as well."""
+class MappingContract(NodeContract):
+    """What a format says of where its bytes lie."""
 
     def test_lookup_all_is_all_lookups(self, node: Node) -> None:
         if not isinstance(node, FormatNode):
@@ -287,6 +287,22 @@ class FormatContract(WritableContract):
                 assert read(source, extent.host, extent.length) == self.content[extent.offset : extent.end]
             if extent.kind == UNALLOCATED and node.children.get("backing") is None:
                 assert not any(self.content[extent.offset : extent.end])
+
+
+class ReadOnlyFormatContract(MappingContract):
+    """A format that is only read."""
+
+    def test_it_refuses_to_be_changed(self, node: Node) -> None:
+        assert node.read_only
+        for change in (lambda: write(node, 0, b"x"), lambda: node.write_zeroes(0, 4096)):
+            with pytest.raises(ReadOnly):
+                change()
+        node.flush()
+        assert read(node, 0, len(self.content)) == self.content
+
+
+class FormatContract(MappingContract, WritableContract):
+    """A format; for those whose tables the engine works with, the mapping hooks as well."""
 
     def test_nothing_is_claimed_when_idle(self, node: Node) -> None:
         if not isinstance(node, FormatNode):

@@ -37,6 +37,8 @@ Say what an image is.
 
 {common.option_help(_TABLE)}"""
 
+_WITHOUT_CLUSTERS: Final = ("raw", "luks", "bochs", "cloop", "dmg")
+"""Formats of which the peer shows no cluster size."""
 _FILE_DRIVERS: Final = ("file", "host_device", "host_cdrom")
 
 # The peer prints its keys in the order of a hash table; scripts that compare texts rely on it.
@@ -155,7 +157,7 @@ def describe(node: Node) -> dict[str, object]:
     occupied = node.allocated_size()
     if occupied >= 0:
         values["actual-size"] = occupied
-    if node.kind == "format" and node.driver not in ("raw", "luks"):
+    if node.kind == "format" and node.driver not in _WITHOUT_CLUSTERS:
         values["cluster-size"] = getattr(node, "cluster_size", None) or None
     if getattr(node, "cipher", None) is not None or getattr(node, "encrypted", False):
         values["encrypted"] = True
