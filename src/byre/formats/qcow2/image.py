@@ -23,6 +23,7 @@ from .bitmap_ability import WithBitmaps
 from .mapping import Mapping
 from .refcounts import Refcounts
 from .snapshot_ability import WithSnapshots
+from .unmapping import unmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -351,7 +352,7 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
             self.data_file.write_zeroes(offset, min(length, self._size - offset), 0 if keep else MAY_UNMAP)
             kind = KIND_ZERO
         try:
-            done = self.mapping.unmap(offset, length, kind, keep)
+            done = unmap(self.mapping, offset, length, kind, keep)
         except Corrupt as error:
             self._mark_corrupt(error)
             raise
@@ -486,4 +487,4 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
         """Drop the mapping of whole clusters altogether (shrinking); lock held; bytes done."""
         self._before_change()
         self._dropping = "request"
-        return self.mapping.unmap(offset, length, UNALLOCATED, False, full=True)
+        return unmap(self.mapping, offset, length, UNALLOCATED, False, full=True)

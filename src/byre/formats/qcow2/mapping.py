@@ -1,7 +1,7 @@
-"""qcow2 mapping: guest offset -> L1 -> cached L2 table -> extents, and the changes to it.
+"""qcow2 mapping: where guest bytes may go, and the changes to the L1 and L2 tables that say where they went.
 
 "Cluster mapping" in the specification. Knows entries, not bytes of the disk; which clusters are free is
-:mod:`.refcounts`' business.
+:mod:`.refcounts`' business, giving up clusters is :mod:`.unmapping`'s.
 """
 
 from __future__ import annotations
@@ -9,30 +9,24 @@ from __future__ import annotations
 from array import array
 
 from ...errors import Corrupt
-from ...io.extent import COMPRESSED as KIND_COMPRESSED
-from ...io.extent import DATA, NO_HOST, UNALLOCATED, Extent
-from ...io.extent import ZERO as KIND_ZERO
-from ...io.tables import PAGE, Table, TableCache, decode_words, encode_words, page_runs
+from ...io.tables import PAGE, Table, encode_words, page_runs
 from ...typing import TYPE_CHECKING, Final
 from ..base import Placement
 from . import entries
-from .entries import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from .entries import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from .lookup import Lookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...graph.node import Node
-    from ...io.extentmap import ExtentMap
     from .layout import Header
     from .overlap import Guard
     from .refcounts import Refcounts
 
 __all__ = ["Mapping"]
 
-_CACHE_BYTES: Final = 32 << 20
 _HARMLESS_LIMIT: Final = 1 << 16
-_BULK: Final = 150
-"""From this many entries on, numpy is quicker than a loop."""
 
 NEW: Final = "new"
 """Token of a placement whose host clusters were just allocated."""
@@ -40,7 +34,7 @@ SAME: Final = "same"
 """Token of a placement in space the cluster owned before (an allocated zero cluster, another subcluster)."""
 
 
-class Mapping:
+class Mapping(Lookup):
     """Guarded by the node's lock.
 
     :param free: called with a dropped entry's (first host cluster, count) once nothing here refers to it
@@ -56,24 +50,8 @@ class Mapping:
         relieve: Callable[[], None],
         free: Callable[[int, int], None],
     ) -> None:
-        self.file = file
-        self.where = where
-        self.version = header.version
-        self.cluster_bits = header.cluster_bits
-        self.cluster_size = 1 << header.cluster_bits
-        self.extended = header.extended_l2
-        self.sub_bits = header.subcluster_bits
-        self.l2_bits = header.l2_bits
-        self.l2_mask = (1 << self.l2_bits) - 1
-        self.span_bits = self.l2_bits + header.cluster_bits
-        self.data_file = header.has_data_file
-        self.l1 = l1
-        self.l1_offset = header.l1_table_offset
+        super().__init__(file, header, l1, where, relieve)
         self._l1_dirty: set[int] = set()
-        self.l2 = TableCache(file, self.cluster_size, _CACHE_BYTES >> header.cluster_bits, True, relieve)
-        self._report = file.debug_event if file.takes_events else None
-        self.l2.report = self._report
-        self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
         self._free = free
         self.refcounts: Refcounts | None = None  # set for writing
         self._guard: Guard | None = None
@@ -85,176 +63,6 @@ class Mapping:
         self.keep_discarded = False
         self.kept: list[int] = []
         self.has_backing = False
-
-    # -- looking ----------------------------------------------------------------------------------
-
-    def _l2_host(self, l1_index: int) -> int:
-        """Host offset of an L2 table, 0 if there is none.
-
-        :raises Corrupt: the L1 entry is no cluster offset
-        """
-        entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
-        host = entry & OFFSET_MASK
-        if host & (self.cluster_size - 1):
-            raise Corrupt(f"L1 entry {l1_index} is {entry:#018x}, which points to no cluster", where=self.where,
-                          hint='run "byre check"')  # fmt: skip
-        return host
-
-    def lookup(self, offset: int, length: int) -> list[Extent]:
-        """Extents from ``offset`` up to the end of its L2 table at most."""
-        bits = self.cluster_bits
-        l1_index = offset >> self.span_bits
-        entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
-        if not entry:
-            span_end = (l1_index + 1) << self.span_bits
-            return [Extent(offset, min(length, span_end - offset), UNALLOCATED)]
-        host = entry & OFFSET_MASK
-        table = self.l2.tables.get(host)
-        if table is None:
-            host = self._l2_host(l1_index)
-            table = self.l2.get(host)
-        table.used = True
-        words = table.words
-        assert words is not None
-        if self.extended:
-            return self._lookup_extended(words, offset, length)
-        index = offset >> bits & self.l2_mask
-        skip = offset & (self.cluster_size - 1)
-        word = words[index]
-        if skip + length <= self.cluster_size and not word & (COMPRESSED | ZERO) and word & OFFSET_MASK:
-            # One plain cluster: what most small requests meet.
-            start = word & OFFSET_MASK
-            if not start & (self.cluster_size - 1):
-                return [Extent(offset, length, DATA, start + skip)]
-        count = min((skip + length - 1 >> bits) + 1, self.l2_mask + 1 - index)
-        if count >= _BULK:
-            return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
-        return self._runs(words, index, count, offset, length)
-
-    def _runs(self, words: array[int], index: int, count: int, offset: int, length: int) -> list[Extent]:
-        """Coalesced extents of ``count`` entries, clipped to the range."""
-        size = self.cluster_size
-        end = offset + length
-        guest = offset - (offset & (size - 1))
-        rows: list[Extent] = []
-        at, kind, host = offset, -1, NO_HOST
-        for number in range(index, index + count):
-            new_kind, new_host = self._classify(words[number], guest)
-            if new_host >= 0 and new_kind != KIND_COMPRESSED and guest < offset:
-                new_host += offset - guest
-            start = max(guest, offset)
-            expected = host + (start - at) if host >= 0 else host
-            if kind != new_kind or new_kind == KIND_COMPRESSED or new_host != expected:
-                if kind >= 0:
-                    rows.append(Extent(at, start - at, kind, host))
-                at, kind, host = start, new_kind, new_host
-            guest += size
-        rows.append(Extent(at, min(guest, end) - at, kind, host))
-        return rows
-
-    def _classify(self, word: int, guest: int) -> tuple[int, int]:
-        try:
-            return entries.classify(word, self.cluster_bits, self.version, data_file=self.data_file)
-        except Corrupt as error:
-            raise self._located(error, guest) from None
-
-    def _located(self, error: Corrupt, guest: int) -> Corrupt:
-        return Corrupt(f"cannot map guest offset {guest:#x}: {error.message}", where=self.where,
-                       hint='run "byre check"')  # fmt: skip
-
-    def _lookup_extended(self, words: array[int], offset: int, length: int) -> list[Extent]:
-        bits, sub_bits = self.cluster_bits, self.sub_bits
-        end = min(offset + length, ((offset >> self.span_bits) + 1) << self.span_bits)
-        rows: list[Extent] = []
-        while offset < end:
-            index = (offset >> bits & self.l2_mask) * 2
-            guest = offset >> bits << bits
-            sub = (offset - guest) >> sub_bits
-            word, bitmap = words[index], words[index + 1]
-            try:
-                kind, host = entries.classify_subcluster(word, bitmap, sub, bits, data_file=self.data_file)
-            except Corrupt as error:
-                raise self._located(error, guest) from None
-            if kind == KIND_COMPRESSED:
-                stop = min(guest + self.cluster_size, end)
-            else:
-                stop = min(guest + (sub + entries.subcluster_run(bitmap, sub) << sub_bits), end)
-                if host >= 0:
-                    host += offset - guest - (sub << sub_bits)
-            last = rows[-1] if rows else None
-            if (
-                last
-                and last.kind == kind < KIND_COMPRESSED
-                and host == (last.host + last.length if last.host >= 0 else -1)
-            ):
-                rows[-1] = last._replace(length=stop - last.offset)
-            else:
-                rows.append(Extent(offset, stop - offset, kind, host))
-            offset = stop
-        return rows
-
-    def lookup_all(self, offset: int, length: int) -> ExtentMap:
-        """The whole range at once; tables that are not cached are read past the cache."""
-        from ...io.extentmap import ExtentMap
-
-        parts: list[ExtentMap] = []
-        end = offset + length
-        first, last = offset >> self.span_bits, (end - 1) >> self.span_bits
-        l1_index = first
-        while l1_index <= last:
-            stop = self._empty_run(l1_index, last + 1)
-            if stop > l1_index:
-                start = l1_index << self.span_bits
-                parts.append(ExtentMap.single(start, (stop - l1_index) << self.span_bits, UNALLOCATED))
-                l1_index = stop
-                continue
-            words, count = self._words_of(l1_index, last + 1)
-            parts.append(self._bulk(words, l1_index << self.span_bits))
-            l1_index += count
-        return ExtentMap.concatenate(parts).clip(offset, length).coalesced()
-
-    def _empty_run(self, start: int, stop: int) -> int:
-        """The first L1 index from ``start`` whose entry is not 0, at most ``stop``."""
-        l1 = self.l1
-        end = min(stop, len(l1))
-        while start < end and not l1[start]:
-            start += 1
-        return stop if start >= end else start
-
-    def _words_of(self, l1_index: int, stop: int) -> tuple[array[int], int]:
-        """Entries of consecutive L2 tables from ``l1_index``: the cached one, or a run that lies together on disk."""
-        host = self._l2_host(l1_index)
-        cached = self.l2.tables.get(host)
-        if cached is not None and cached.words is not None:
-            return cached.words, 1
-        limit = max(1, (1 << 20) >> self.cluster_bits)
-        count = 1
-        while count < limit and l1_index + count < min(stop, len(self.l1)):
-            following = self.l1[l1_index + count] & OFFSET_MASK
-            if following != host + (count << self.cluster_bits) or following in self.l2.tables:
-                break
-            count += 1
-        data = bytearray(count << self.cluster_bits)
-        self.file.read_into(host, memoryview(data))
-        return decode_words(data), count
-
-    def _bulk(self, words: array[int], guest: int) -> ExtentMap:
-        import numpy as np
-
-        from ...io.extentmap import ExtentMap
-        from . import entries_bulk
-
-        table = np.frombuffer(words, np.uint64)
-        bitmaps = None
-        if self.extended:
-            table, bitmaps = np.ascontiguousarray(table[0::2]), np.ascontiguousarray(table[1::2])
-        try:
-            length, kind, host = entries_bulk.classify(table, guest, self.cluster_bits, self.version, bitmaps=bitmaps,
-                                                       data_file=self.data_file)  # fmt: skip
-        except Corrupt as error:
-            raise Corrupt(error.message, where=self.where, hint='run "byre check"') from None
-        start = np.cumsum(length) - length + guest
-        return ExtentMap(start, length, kind.astype(np.uint8), host)
 
     # -- overlap checks ---------------------------------------------------------------------------
 
@@ -345,17 +153,17 @@ class Mapping:
             raise
         return placements
 
-    def _owned(self, word: int) -> bool:
+    def owned(self, word: int) -> bool:
         """Whether the cluster has a host cluster that nobody else refers to."""
         return bool(word & COPIED and (word & OFFSET_MASK or self.data_file)) and not word & COMPRESSED
 
-    def _reserve_owned(self, words: array[int], index: int, count: int, offset: int, end: int) -> Placement:
+    def _reserveowned(self, words: array[int], index: int, count: int, offset: int, end: int) -> Placement:
         """A run in space the clusters own: written in place, and linked anew if zero clusters are among them."""
         size = self.cluster_size
         guest = offset - (offset & (size - 1))
         host = words[index] & OFFSET_MASK
         run = 1
-        while run < count and self._owned(words[index + run]) and words[index + run] & OFFSET_MASK == host + run * size:
+        while run < count and self.owned(words[index + run]) and words[index + run] & OFFSET_MASK == host + run * size:
             run += 1
         self._vet(host, run)
         stop = min(guest + run * size, end)
@@ -374,8 +182,8 @@ class Mapping:
         word = words[index]
         guest = offset >> bits << bits
         self._classify(word, guest)  # refuses what is corrupt before it is written to
-        if self._owned(word):
-            return self._reserve_owned(words, index, count, offset, end)
+        if self.owned(word):
+            return self._reserveowned(words, index, count, offset, end)
         run = 1
         while run < count and self._needs_space(words[index + run]):
             run += 1
@@ -533,114 +341,6 @@ class Mapping:
         """Make sure the L2 tables of the range exist, so that linking cannot run out of space."""
         for l1_index in range(offset >> self.span_bits, ((offset + length - 1) >> self.span_bits) + 1):
             self.table_for_write(l1_index)
-
-    # -- unmap ------------------------------------------------------------------------------------
-
-    def unmap(self, offset: int, length: int, kind: int, keep: bool, *, full: bool = False) -> int:
-        """Whole clusters (subclusters for ZERO with extended entries) become ZERO or UNALLOCATED.
-
-        A discarded cluster reads as zeroes afterwards (version 3) rather than as the backing file, unless ``full``.
-
-        :returns: bytes done, up to the end of the L2 table; 0 if version 2 cannot
-        """
-        l1_index = offset >> self.span_bits
-        if kind == KIND_ZERO and self.version < 3:
-            # Version 2 has no zero clusters; without a backing file, what is not allocated reads as zeroes.
-            if self.has_backing or (keep and self.l1[l1_index] & OFFSET_MASK):
-                return 0
-            kind, full = UNALLOCATED, True
-        end = min(offset + length, (l1_index + 1) << self.span_bits)
-        if not self.l1[l1_index] & OFFSET_MASK and kind == UNALLOCATED and (full or not self.has_backing):
-            stop = self._empty_run(l1_index, len(self.l1)) << self.span_bits
-            return min(stop, offset + length) - offset
-        table = self.table_for_write(l1_index)
-        if self.extended:
-            return self._unmap_extended(table, offset, end, kind, keep, full) - offset
-        self._unmap_plain(table, offset, end, kind, keep, full)
-        return end - offset
-
-    def _unmap_plain(self, table: Table, offset: int, end: int, kind: int, keep: bool, full: bool) -> None:
-        words = table.words
-        assert words is not None
-        bits = self.cluster_bits
-        hold = self._holds(keep, full)
-        first = offset >> bits & self.l2_mask
-        count = ((end - 1) >> bits) - (offset >> bits) + 1
-        changed_low = changed_high = -1
-        for index in range(first, first + count):
-            old = words[index]
-            new = old | ZERO if hold and self._owned(old) else self._unmapped(old, kind, keep, full)
-            if new == old:
-                continue
-            if hold and new & OFFSET_MASK:
-                self.kept.append(new & OFFSET_MASK)
-            words[index] = new
-            changed_low = index if changed_low < 0 else changed_low
-            changed_high = index
-            if not new & OFFSET_MASK:
-                self.drop(old)
-        if changed_low >= 0:
-            self.l2.mark(table, changed_low * 8, changed_high * 8 + 7)
-
-    def _holds(self, keep: bool, full: bool) -> bool:
-        """Whether clusters keep their place although they need not."""
-        return self.keep_discarded and not keep and not full and not self.data_file
-
-    def _unmapped(self, old: int, kind: int, keep: bool, full: bool) -> int:
-        """What a standard entry becomes."""
-        if kind == KIND_ZERO:
-            if keep and not old & COMPRESSED and (old & COPIED or not old & OFFSET_MASK):
-                return old | ZERO
-            return ZERO
-        if full:
-            return 0
-        if self.version < 3 and self.has_backing:
-            return old  # version 2 has no zero clusters, and the backing file must not show through
-        # The COPIED flag alone tells offset 0 of an external data file from "unallocated".
-        held = old & (COMPRESSED | OFFSET_MASK) or (self.data_file and old & COPIED)
-        if held or (self.has_backing and not old & ZERO):
-            return ZERO if self.version >= 3 else 0
-        return old
-
-    def _unmap_extended(self, table: Table, offset: int, end: int, kind: int, keep: bool, full: bool) -> int:
-        """The guest offset reached: part of a compressed cluster can only be zeroed by writing it as data."""
-        words = table.words
-        assert words is not None
-        bits, size, sub_bits = self.cluster_bits, self.cluster_size, self.sub_bits
-        while offset < end:
-            guest = offset >> bits << bits
-            stop = min(end, guest + size)
-            index = (guest >> bits & self.l2_mask) * 2
-            word, bitmap = words[index], words[index + 1]
-            first, last = (offset - guest) >> sub_bits, ((stop - guest - 1) >> sub_bits) + 1
-            if first == 0 and last == entries.SUBCLUSTERS:
-                held = self._holds(keep, full) and self._owned(word)
-                new = (word, ALL_ZERO) if held else self._unmapped_extended(word, bitmap, kind, keep, full)
-                if held and bitmap != ALL_ZERO:
-                    self.kept.append(word & OFFSET_MASK)
-            elif word & COMPRESSED:
-                return offset
-            else:
-                mask = entries.zero_bits(first, last)
-                new = (word, (bitmap | mask) & ~(mask >> 32))
-            if new != (word, bitmap):
-                words[index], words[index + 1] = new
-                self.l2.mark(table, index * 8, index * 8 + 15)
-                if not new[0] & OFFSET_MASK:
-                    self.drop(word)
-            offset = stop
-        return offset
-
-    def _unmapped_extended(self, word: int, bitmap: int, kind: int, keep: bool, full: bool) -> tuple[int, int]:
-        if kind == KIND_ZERO:
-            if keep and not word & COMPRESSED and word & OFFSET_MASK and word & COPIED:
-                return word, ALL_ZERO
-            return 0, ALL_ZERO
-        if full:
-            return 0, 0
-        if word & (COMPRESSED | OFFSET_MASK) or (self.has_backing and bitmap != ALL_ZERO):
-            return 0, ALL_ZERO
-        return word, bitmap
 
     # -- writing back -----------------------------------------------------------------------------
 
