@@ -27,6 +27,8 @@ MODES: Final = ("xts", "cbc", "ecb", "ctr")
 IV_GENERATORS: Final = ("plain", "plain64", "essiv")
 
 _WORD: Final = "<u8"
+_CHAIN: Final = 256
+"""Sectors decrypted in one chain: what is read, made and mended stays in the processor's cache."""
 _GROUP: Final = 32
 """Tweaks are computed for so many blocks from one: the carry of a shift by less fits into 64 bits."""
 
@@ -253,19 +255,22 @@ class _Cbc(_Mode):
             sectors[:, index] = previous
 
     def decrypt(self, data: Bytes, numbers: Words) -> None:
-        step = 128 * self.blocks * self.words * 8
-        per_step = 128
-        for at in range(0, len(numbers), per_step):
-            some = numbers[at : at + per_step]
-            start = at * (step // per_step)
-            self._decrypt_some(data[start : start + step], some)
+        step = self.blocks * self.words * 8
+        for at in range(0, len(numbers), _CHAIN):
+            some = numbers[at : at + _CHAIN]
+            self._decrypt_chain(data[at * step : (at + len(some)) * step], some)
 
-    def _decrypt_some(self, data: Bytes, numbers: Words) -> None:
+    def _decrypt_chain(self, data: Bytes, numbers: Words) -> None:
+        """Decrypt as if all were one sector, and mend the first block of each that is not the first."""
+        import numpy as np
+
         sectors = data.view(_WORD).reshape(len(numbers), -1)
-        plain = _ecb(self.cipher.decrypt, sectors)
-        plain[:, self.words :] ^= sectors[:, : -self.words]
-        plain[:, : self.words] ^= self.vectors.blocks(numbers)
-        sectors[:] = plain
+        vectors = self.vectors.blocks(numbers)
+        mend = vectors[1:] ^ sectors[:-1, -self.words :]
+        room = np.empty(data.nbytes + SLACK, np.uint8)
+        self.cipher.decrypt_chained(vectors[0].tobytes(), data, room)
+        data[:] = room[: data.nbytes]
+        sectors[1:, : self.words] ^= mend
 
 
 class _Ctr(_Mode):

@@ -72,6 +72,14 @@ class GcryptCipher:
     def decrypt(self, source: Bytes, room: Bytes) -> None:
         self._run(self._library.gcry_cipher_decrypt, source, room)
 
+    def decrypt_chained(self, vector: bytes, source: Bytes, room: Bytes) -> None:
+        import numpy as np
+
+        self.decrypt(source, room)
+        block = len(vector)
+        room[block : source.nbytes] ^= source[:-block]
+        room[:block] ^= np.frombuffer(vector, np.uint8)
+
     def _run(self, function: Any, source: Bytes, room: Bytes) -> None:
         length = source.nbytes
         with self._lock:

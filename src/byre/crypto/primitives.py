@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from ..errors import InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     import numpy as np
@@ -74,6 +75,9 @@ class BlockCipher(Protocol):
     def encrypt(self, source: Bytes, room: Bytes) -> None: ...
     def decrypt(self, source: Bytes, room: Bytes) -> None: ...
 
+    def decrypt_chained(self, vector: bytes, source: Bytes, room: Bytes) -> None:
+        """As :meth:`decrypt`; then each block is mixed with the encrypted one before it, the first with ``vector``."""
+
 
 def block_cipher(kind: Algorithm, key: bytes) -> BlockCipher:
     """``kind`` with ``key``.
@@ -119,12 +123,16 @@ class _Library:
         from cryptography.hazmat.primitives.ciphers import modes
 
         self._cipher: Any = ciphers.Cipher(cipher(key), modes.ECB())
+        self._chained: Callable[[bytes], Any] = lambda vector: ciphers.Cipher(cipher(key), modes.CBC(vector))
 
     def encrypt(self, source: Bytes, room: Bytes) -> None:
         self._cipher.encryptor().update_into(source, room)
 
     def decrypt(self, source: Bytes, room: Bytes) -> None:
         self._cipher.decryptor().update_into(source, room)
+
+    def decrypt_chained(self, vector: bytes, source: Bytes, room: Bytes) -> None:
+        self._chained(vector).decryptor().update_into(source, room)
 
 
 def _cast5() -> Any:
