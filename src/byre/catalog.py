@@ -71,6 +71,8 @@ CATALOG: tuple[Driver, ...] = (
     Driver("snapshot-access", "filter", "byre.filters.snapshot_access", "the disk before the writes that were kept"),
     Driver("mirror_top", "filter", "byre.filters.mirror_top", "sees the writes to a disk that is mirrored",
            abilities="rw"),
+    Driver("copy-on-read", "filter", "byre.filters.copy_on_read", "keeps what is read from backing files",
+           abilities="rw"),
     Driver("blklog", "filter", "byre.filters.writelog", "records writes and flushes for crash replay", abilities="rw"),
 )  # fmt: skip
 

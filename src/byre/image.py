@@ -63,6 +63,7 @@ def open(
     cache: str = "writeback",
     discard: str = "unmap",
     detect_zeroes: str = "off",
+    copy_on_read: bool = False,
     force_share: bool = False,
     backing: bool = True,
     no_io: bool = False,
@@ -82,6 +83,7 @@ def open(
     :param cache: none, directsync, writethrough, writeback or unsafe
     :param discard: "ignore" or "unmap"
     :param detect_zeroes: "off", "on" or "unmap": turn writes of zeroes into zero writes
+    :param copy_on_read: keep what is read from backing files in the image; needs a writable one
     :param force_share: take no lock that keeps other programs out; read-only
     :param backing: open the backing chain as well
     :param no_io: metadata only: nothing the image names is opened
@@ -118,6 +120,10 @@ def open(
         writethrough = writethrough if writeback is None else not writeback
     node = opener.open_chain(spec, flags, driver_name=format)
     try:
+        if copy_on_read:
+            from .filters.copy_on_read import cover
+
+            node = cover(graph, node)
         return Image(node, graph, read_only=read_only, writethrough=writethrough, exclusive=exclusive, no_io=no_io,
                      resizable=resizable)  # fmt: skip
     except BaseException:

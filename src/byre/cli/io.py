@@ -31,7 +31,7 @@ OPTIONS: Final = (
     Switch("native-aio", "k", "native-aio", "", "has no effect"),
     Switch("misalign", "m", "misalign", "", "use buffers that lie off a page boundary"),
     FORCE_SHARE,
-    Switch("copy-on-read", "C", "copy-on-read", "", "not supported yet"),
+    Switch("copy-on-read", "C", "copy-on-read", "", "keep what is read from backing files in the image"),
     Switch("trace", "T", "trace", "PATTERN", "has no effect"),
     QUIET,
     Switch("version", "V", "version", "", "show the version"),

@@ -73,6 +73,9 @@ class FilterNode(Node):
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         self.below.resize(size, preallocation=preallocation, exact=exact)
 
+    def populate(self, offset: int, length: int, *, base: Node | None = None, everything: bool = False) -> int:
+        return self.below.populate(offset, length, base=base, everything=everything)
+
     def refresh_size(self) -> None:
         self.below.refresh_size()
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ..graph.child import Child
+    from ..graph.node import Node
     from ..graph.opening import OpenRequest
     from ..io.extent import Extent
     from ..io.extentmap import ExtentMap
@@ -437,6 +438,13 @@ class FaultNode(FilterNode):
     def extents(self, offset: int, length: int) -> ExtentMap:
         self._apply("block-status", offset, length, _nothing)
         return self.below.extents(offset, length)
+
+    def populate(self, offset: int, length: int, *, base: Node | None = None, everything: bool = False) -> int:
+        self.debug_event("cor_write")
+        number, _ = self._judge("write", offset, length)
+        if number:
+            raise self._error(number, "write", offset, length)
+        return self.below.populate(offset, length, base=base, everything=everything)
 
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         self._apply("resize", 0, size, lambda: self.below.resize(size, preallocation=preallocation, exact=exact))

@@ -216,6 +216,11 @@ class FormatNode(Node):
             self.check_failure()
             return self.lookup_all(offset, length)
 
+    def populate(self, offset: int, length: int, *, base: Node | None = None, everything: bool = False) -> int:
+        from ..graph.populate import populate
+
+        return populate(self, offset, length, base=base, everything=everything)
+
     # -- failure ----------------------------------------------------------------------------------
 
     def check_failure(self) -> None:

@@ -222,6 +222,13 @@ class Node:
         """
         raise NotSupported(f"driver {self.driver!r} cannot change its size", where=self.filename)
 
+    def populate(self, offset: int, length: int, *, base: Node | None = None, everything: bool = False) -> int:
+        """Have this layer itself hold what it shows of the layers below it; see :func:`byre.graph.populate.populate`.
+
+        :returns: bytes that it did not hold before; 0 where a node holds everything anyway
+        """
+        return 0
+
     def refresh_size(self) -> None:
         """Look again how long the thing outside is."""
 
@@ -270,6 +277,12 @@ class Node:
         """
 
     # -- life -------------------------------------------------------------------------------------
+
+    def chain_opened(self) -> None:
+        """Everything below is open, backing files as well.
+
+        :raises ByreError: something the node needs is not there; it is closed then
+        """
 
     def inactivate(self) -> None:
         """Write back everything; called before the last close."""

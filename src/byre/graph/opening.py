@@ -172,10 +172,12 @@ class OpenRequest:
     :ivar flags: after the node's own options were applied
     :ivar options: the driver's own options, typed
     :ivar implicit: an image named this file, not the user
+    :ivar protocol: what is opened lies below a format, so that names mean bytes, not images
     """
 
     def __init__(self, opener: Opener, row: Driver, name: str, flags: OpenFlags, options: OptionValues,
-                 children: dict[str, object], implicit: bool, file: Node | None) -> None:  # fmt: skip
+                 children: dict[str, object], implicit: bool, file: Node | None,
+                 protocol: bool = False) -> None:  # fmt: skip
         self.opener = opener
         self.row = row
         self.name = name
@@ -183,6 +185,7 @@ class OpenRequest:
         self.options = options
         self.children = children
         self.implicit = implicit
+        self.protocol = protocol
         self._file = file
 
     def open_child(self, name: str, *, default: object = None, flags: OpenFlags | None = None,
@@ -191,7 +194,8 @@ class OpenRequest:
 
         It is not attached yet: the new node calls ``request.opener.graph.attach(node, name, child, role)``.
 
-        :param plain: it holds bytes, not an image: no format is looked for (always so for a format's "file")
+        :param plain: it holds bytes, not an image: no format is looked for (always so for a format's "file" and
+            what lies below it)
         :raises InvalidArgument: the child is required and was not given
         """
         if name == "file" and self._file is not None:
@@ -199,7 +203,7 @@ class OpenRequest:
         spec = self.children.get(name, default)
         if spec is None:
             raise InvalidArgument(f"driver {self.row.name!r} needs a child {name!r}")
-        plain = plain or (name == "file" and self.row.kind == "format")
+        plain = plain or self.protocol or (name == "file" and self.row.kind == "format")
         return self.opener.open(spec, flags or self.flags.for_file(), protocol=plain)
 
     def has_child(self, name: str) -> bool:
@@ -229,6 +233,8 @@ class Opener:
             top = self.open(spec, flags, driver_name=driver_name)
             if not flags.no_backing:
                 self._open_backing_files()
+                for node in self._created:
+                    node.chain_opened()
             return top
         except BaseException:
             self._undo()
@@ -285,7 +291,7 @@ class Opener:
                 given["file"] = filename
             if row.kind != "format" and not protocol and (driver_name or by_name) and driver_name != row.name:
                 return self._open_over(given, flags, driver_name, implicit)
-            return self._open_row(row, given, flags, implicit, None)
+            return self._open_row(row, given, flags, implicit, None, protocol)
         if "file" not in given:
             raise InvalidArgument("options must name a driver, a filename or a file")
         own_file = given["file"]
@@ -302,7 +308,7 @@ class Opener:
         below |= {option.name.partition(".")[0] for option in row.load().OPTIONS.options}
         common = {key: given.pop(key) for key in list(given) if key in _FORMAT_KEYS or key not in below}
         own = self._own_flags(common, flags)[0]
-        file = self._open_row(row, given, own.for_file(), implicit, None)
+        file = self._open_row(row, given, own.for_file(), implicit, None, True)
         return self._open_format(file, common, flags, driver_name)
 
     def _open_format(self, file: Node, given: dict[str, object], flags: OpenFlags, driver_name: str) -> Node:
@@ -350,7 +356,7 @@ class Opener:
         return flags._replace(**changes), rest  # type: ignore[arg-type]
 
     def _open_row(self, row: Driver, given: dict[str, object], flags: OpenFlags, implicit: bool,
-                  file: Node | None) -> Node:  # fmt: skip
+                  file: Node | None, protocol: bool = False) -> Node:  # fmt: skip
         own, rest = self._own_flags(given, flags)
         name = str(rest.pop("node-name", ""))
         module = row.load()
@@ -369,7 +375,7 @@ class Opener:
 
                 plain.update(flatten({key: nested}))
         options = declared.parse(plain, what=f"driver {row.name!r}")
-        request = OpenRequest(self, row, name, own, options, children, implicit, file)
+        request = OpenRequest(self, row, name, own, options, children, implicit, file, protocol)
         node: Node = module.open_node(request)
         node.driver = row.name
         node.options = dict(given)

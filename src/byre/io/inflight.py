@@ -62,22 +62,27 @@ class InFlight:
         self._claims.append(claim)
         return claim
 
-    def hold(self, start: int, end: int) -> None:
+    def hold(self, start: int, end: int, *, settle: bool = True) -> None:
         """Wait until ``[start, end)`` is clear and claim it for several requests of this thread, which pass.
 
         Nobody else's request is under way in the range when this returns, nor begins before :meth:`let_go`. A thread
         holds one range at a time.
+
+        :param settle: wait for requests under way; those that write in place hold no claim
         """
         self.wait_clear(start, end)
         claim = self.claim(start, end)
+        if not settle:
+            self._held[threading.get_ident()] = claim
+            return
         settled = False
 
-        def settle() -> None:
+        def all_back() -> None:
             nonlocal settled
             settled = True
             self.changed.notify_all()
 
-        self.when_clear(settle)
+        self.when_clear(all_back)
         while not settled:
             self.changed.wait()
         self._held[threading.get_ident()] = claim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ...errors import ByreError, InvalidArgument, NotSupported, from_oserror
+from ...errors import ByreError, InvalidArgument, from_oserror
 from ...graph.opening import parse_filename
 from ...image import CACHE_MODES
 from ...image import open as open_target
@@ -34,13 +34,13 @@ class Settings(NamedTuple):
     cache: str = "writethrough"
     discard: str = "unmap"
     force_share: bool = False
+    copy_on_read: bool = False
 
 
 def change(settings: Settings, key: str, value: str) -> Settings:
     """``settings`` after one more option.
 
     :raises InvalidArgument: no such cache, discard or aio mode
-    :raises NotSupported: copy-on-read
     """
     if key == "read-only":
         return settings._replace(read_only=True)
@@ -61,7 +61,7 @@ def change(settings: Settings, key: str, value: str) -> Settings:
     if key == "aio" and value not in _AIO:
         raise InvalidArgument(f"Invalid aio option: {value}")
     if key == "copy-on-read":
-        raise NotSupported("copy-on-read is not supported yet")
+        return settings._replace(copy_on_read=True)
     return settings
 
 
@@ -91,7 +91,8 @@ def open_image(target: str | dict[str, object], format: str, settings: Settings,
         image = _open_overlay(target, format, settings, given, graph)
     else:
         image = open_target(target, format=format, read_only=settings.read_only, cache=settings.cache,
-                            discard=settings.discard, force_share=settings.force_share, policy=policy(given),
+                            discard=settings.discard, force_share=settings.force_share,
+                            copy_on_read=settings.copy_on_read, policy=policy(given),
                             graph=graph, secrets=given.secrets())  # fmt: skip
     warn_graph(graph)
     return image
@@ -120,7 +121,8 @@ def _open_overlay(
         create(name, "qcow2", size)
         overlay = {"driver": "qcow2", "file": {"driver": "file", "filename": name}, "backing": base}
         return open_target(overlay, read_only=settings.read_only, cache=settings.cache, discard=settings.discard,
-                           policy=policy(given), graph=graph, secrets=given.secrets())  # fmt: skip
+                           copy_on_read=settings.copy_on_read, policy=policy(given), graph=graph,
+                           secrets=given.secrets())  # fmt: skip
     finally:
         os.unlink(name)
 
