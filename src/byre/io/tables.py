@@ -22,21 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["PAGE", "Table", "TableCache", "decode_words", "encode_words", "page_runs"]
 
 PAGE: Final = 4096
-_SWAP: Final = sys.byteorder == "little"
 
 
-def decode_words(data: bytes | bytearray | memoryview) -> array[int]:
-    """Big-endian 64-bit words in host order."""
+def decode_words(data: bytes | bytearray | memoryview, order: str = "big") -> array[int]:
+    """64-bit words in host order; ``order`` is that of ``data``, "big" or "little"."""
     words: array[int] = array("Q")
     words.frombytes(data)
-    if _SWAP:
+    if order != sys.byteorder:
         words.byteswap()
     return words
 
 
-def encode_words(words: array[int]) -> bytes:
+def encode_words(words: array[int], order: str = "big") -> bytes:
     """The inverse of :func:`decode_words`."""
-    if _SWAP:
+    if order != sys.byteorder:
         words = words[:]
         words.byteswap()
     return words.tobytes()
@@ -60,13 +59,15 @@ class Table:
     :ivar host: where it lies in the file
     :ivar words: 64-bit entries in host byte order (``None`` for a table of bytes)
     :ivar data: bytes as on disk (``None`` for a table of words)
+    :ivar order: of the words in the file
     :ivar dirty: changed pages
     """
 
-    __slots__ = ("data", "dirty", "host", "used", "words")
+    __slots__ = ("data", "dirty", "host", "order", "used", "words")
 
-    def __init__(self, host: int, words: array[int] | None, data: bytearray | None) -> None:
+    def __init__(self, host: int, words: array[int] | None, data: bytearray | None, order: str = "big") -> None:
         self.host = host
+        self.order = order
         self.words = words
         self.data = data
         self.dirty: set[int] = set()
@@ -83,7 +84,7 @@ class Table:
     def encoded(self, start: int, end: int) -> bytes | bytearray:
         """Bytes ``[start, end)`` as on disk."""
         if self.words is not None:
-            return encode_words(self.words[start // 8 : end // 8])
+            return encode_words(self.words[start // 8 : end // 8], self.order)
         assert self.data is not None
         return self.data[start:end]
 
@@ -97,6 +98,7 @@ class TableCache:
     :param length: bytes of a table
     :param capacity: how many tables may be kept
     :param words: tables of 64-bit entries rather than bytes
+    :param order: that of the entries in the file, "big" or "little"
     :ivar vet: called with the host offset of a table about to be written; raises if it must not be
     :ivar clean_interval: seconds after which a clean table that was not used is dropped; 0 for never
     :ivar report: told ``load_event`` and ``update_event`` before a table is read or written
@@ -104,8 +106,10 @@ class TableCache:
 
     load_event = update_event = ""
 
-    def __init__(self, file: Node, length: int, capacity: int, words: bool, relieve: Callable[[], None]) -> None:
+    def __init__(self, file: Node, length: int, capacity: int, words: bool, relieve: Callable[[], None],
+                 order: str = "big") -> None:  # fmt: skip
         self.file = file
+        self.order = order
         self.length = length
         self.capacity = max(capacity, 2)
         self.words = words
@@ -126,7 +130,10 @@ class TableCache:
                 self.report(self.load_event)
             data = bytearray(self.length)
             self.file.read_into(host, memoryview(data))
-            table = Table(host, decode_words(data), None) if self.words else Table(host, None, data)
+            if self.words:
+                table = Table(host, decode_words(data, self.order), None, self.order)
+            else:
+                table = Table(host, None, data)
             self.tables[host] = table
         table.used = True
         return table
@@ -136,7 +143,7 @@ class TableCache:
         self._make_room()
         if self.words:
             words = like.words[:] if like and like.words is not None else array("Q", bytes(self.length))
-            table = Table(host, words, None)
+            table = Table(host, words, None, self.order)
         else:
             table = Table(
                 host, None, bytearray(like.data) if like and like.data is not None else bytearray(self.length)
