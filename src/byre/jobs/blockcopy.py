@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..image import Image
     from .job import Control
 
-__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Segment", "SourceDisk"]
+__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Fetched", "Segment", "SourceDisk"]
 
 COPY: Final = 0
 ZERO: Final = 1
@@ -62,6 +62,7 @@ class CopySettings(NamedTuple):
     :ivar salvage: called with a sentence for each sector that cannot be read and becomes zeroes
     :ivar whole_total: progress counts the disk, holes included, not only what is copied
     :ivar unmap: the space of what is zeroed may be given back, also where ``sparse`` is 0
+    :ivar chunk: data per task at most, bytes, a power of two; 0 for a default. Compression keeps to its own
     """
 
     sparse: int = 4096
@@ -74,6 +75,7 @@ class CopySettings(NamedTuple):
     salvage: Callable[[str], None] | None = None
     whole_total: bool = True
     unmap: bool = False
+    chunk: int = 0
 
 
 class SourceDisk:
@@ -137,6 +139,13 @@ class _Write(NamedTuple):
     payloads: list[bytes] | None = None
 
 
+class Fetched(NamedTuple):
+    """What :meth:`BlockCopy.fetch` read; the writes refer to the buffer."""
+
+    buffer: memoryview | None
+    writes: list[_Write]
+
+
 class _Buffers:
     """Reused buffers, last used first. Guarded by its own lock, a leaf."""
 
@@ -172,7 +181,7 @@ class BlockCopy:
         # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
         self._unit = getattr(node, "zero_unit", 1) if _is_power_of_two(settings.sparse) else 1
         self._alignment = node.limits.request_alignment
-        self._chunk = max(_COMPRESS_CHUNK, self._cluster) if settings.compress else CHUNK
+        self._chunk = max(_COMPRESS_CHUNK, self._cluster) if settings.compress else settings.chunk or CHUNK
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
@@ -191,6 +200,34 @@ class BlockCopy:
             if settings.level and hasattr(node, "compression_level"):
                 node.compression_level = settings.level
             self._compress = node.compress
+
+    # -- in pieces --------------------------------------------------------------------------------
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of data that :meth:`fetch` takes at once, at most."""
+        return self._chunk
+
+    def fetch(self, segments: list[Segment]) -> Fetched:
+        """Read (and compress) what :meth:`store` writes: for jobs that choose the moment of each. Thread-safe.
+
+        :param segments: with no more data than ``chunk``
+        :raises ByreError: reading failed; the message says where
+        """
+        work = self._compress_task if self.settings.compress else self._plain_task
+        task = _Task(segments, sum(segment.length for segment in segments if segment.action == COPY), 0)
+        return Fetched(*work(task))
+
+    def store(self, fetched: Fetched) -> int:
+        """Write what was fetched; bytes written.
+
+        :raises ByreError: writing failed; the message says where
+        """
+        try:
+            return self._write(fetched.writes)
+        finally:
+            if fetched.buffer is not None:
+                self._buffers.give_back(fetched.buffer)
 
     # -- tasks ------------------------------------------------------------------------------------
 
