@@ -11,7 +11,7 @@ import threading
 
 from ..errors import IOFailure, NotSupported
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Node
-from ..io import engine
+from ..io import cached, engine
 from ..io.extent import UNALLOCATED, Extent
 from ..io.inflight import InFlight
 from ..typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -133,6 +133,12 @@ class FormatNode(Node):
         """Fill ``buffer`` with the guest bytes of a COMPRESSED extent (which may be part of a cluster)."""
         raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
 
+    def cached_host(self, offset: int, length: int) -> int:
+        """Where the whole range lies in ``sources[0]``, as it is and in one piece: -1 if not, or if that would take I/O
+        to find out; -2 if all of it is UNALLOCATED. A short cut past :meth:`lookup`.
+        """
+        return -1
+
     def in_place(self, offset: int, length: int) -> int:
         """The host offset in ``sources[0]`` where the whole range may be written as it is, -1 if it is not that simple.
 
@@ -182,6 +188,16 @@ class FormatNode(Node):
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         engine.write(self, offset, buffer, flags)
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        return cached.read_cached(self, offset, buffer)
+
+    def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        return cached.file_range(self, offset, length)
+
+    @property
+    def buffered(self) -> bool:  # type: ignore[override]
+        return all(child.node.buffered for child in self.sources)
 
     def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
         # One request: pieces of a cluster written one by one would each copy the rest of it.

@@ -133,6 +133,20 @@ class RawNode(Node):
         self._file.readv_into(self.base + offset, buffers)
         self.stats.done(Stats.READ, sum(map(len, buffers)), started)
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        if self._report is not None or (self._slice is not None and offset + len(buffer) > self._slice):
+            return False
+        return self._file.read_cached(self.base + offset, buffer)
+
+    def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        if self._report is not None or (self._slice is not None and offset + length > self._slice):
+            return None
+        return self._file.file_range(self.base + offset, length)
+
+    @property
+    def buffered(self) -> bool:  # type: ignore[override]
+        return self._file.buffered
+
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         self._check_write(offset, len(buffer))
         if self.probed and self._touches_probe(offset, len(buffer)):

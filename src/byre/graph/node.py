@@ -134,6 +134,8 @@ class Node:
     #: Dirty bitmaps that writes to this node mark; ``None`` where there is none.
     tracker: Tracker | None = None
     layered = False  # a FormatNode, whose reads go layer by layer through io/engine.py
+    #: Small writes end in memory as a rule: who must not wait for a disk may make them itself.
+    buffered = False
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
         self.name = name
@@ -171,6 +173,20 @@ class Node:
         for buffer in buffers:
             self.read_into(offset, buffer)
             offset += len(buffer)
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` if that takes no waiting, because the bytes are in memory already. Statistics leave it out.
+
+        :returns: False where they are not, or nobody can tell; the buffer may hold anything then
+        """
+        return False
+
+    def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        """(descriptor, offset) of an open file in which the whole range lies as it is and where it stays; or ``None``.
+
+        The descriptor is the node's: whoever uses it after the request duplicates it.
+        """
+        return None
 
     def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
         """Write several buffers to consecutive bytes, in one request where the node can."""

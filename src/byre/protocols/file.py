@@ -19,7 +19,7 @@ from ..io.buffers import zero_fill, zero_view
 from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
 from ..typing import TYPE_CHECKING, Final, NamedTuple
-from . import descriptor
+from . import descriptor, space
 from .durability import FlushState, start_write_back
 from .filespace import FileSpace
 from .length import FileLength, check_preallocation, set_length
@@ -110,6 +110,8 @@ class FileNode(Node):
         sector = descriptor.sector_size(self._fd) if self.is_device else 0
         self._space = FileSpace(self._fd, self._length, sector)
         self._flushes = FlushState(self.stats, self._where)
+        #: Of preadv2(2), for reads that must not wait; -1 where there are none.
+        self._cached_flags = getattr(os, "RWF_NOWAIT", -1)
         self._tail_fd = -1
         self._direct, self.limits = self._prepare_direct(opened, flags)
         self._space.direct = self._direct
@@ -189,6 +191,26 @@ class FileNode(Node):
         except (OSError, OverflowError) as error:
             raise self._failed(Stats.READ, "read", offset, length, error) from None
         self.stats.done(0, length, started)
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        if self._cached_flags < 0 or self._direct is not None:
+            return False
+        try:
+            return preadv(self._fd, (buffer,), offset, self._cached_flags) == len(buffer)
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                # A file system in memory cannot be asked, and need not be.
+                self._cached_flags = 0 if space.in_memory(self._fd) else -1
+            return False
+
+    def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
+        if self._direct is not None or offset + length > self._length.value:
+            return None
+        return self._fd, offset
+
+    @property
+    def buffered(self) -> bool:  # type: ignore[override]
+        return self._direct is None
 
     def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = sum(map(len, buffers))

@@ -94,6 +94,12 @@ class MemoryNode(Node):
                 done += step
         self.stats.done(Stats.READ, length, started)
 
+    buffered = True
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        self.read_into(offset, buffer)
+        return True
+
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         started = perf_counter_ns()
         self._check_write(offset, len(buffer))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import ctypes
 
 __all__ = ["ALLOCATE", "KEEP_SIZE", "PUNCH", "ZERO_RANGE", "allocates_late", "device_discard", "device_zero",
-           "fallocate", "next_data"]  # fmt: skip
+           "fallocate", "in_memory", "next_data"]  # fmt: skip
 
 KEEP_SIZE: Final = 1
 ALLOCATE: Final = 0
@@ -27,6 +27,8 @@ PUNCH: Final = 2 | KEEP_SIZE
 ZERO_RANGE: Final = 16
 
 _EXT4: Final = 0xEF53
+_TMPFS: Final = 0x01021994
+_RAMFS: Final = 0x858458F6
 _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENODEV)
@@ -66,12 +68,22 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 def allocates_late(fd: int) -> bool:
     """Whether the file system is ext4, which reserves space page by page at each write unless it is allocated."""
+    return _file_system(fd) == _EXT4
+
+
+def in_memory(fd: int) -> bool:
+    """Whether the file system has no disk: tmpfs or ramfs."""
+    return _file_system(fd) in (_TMPFS, _RAMFS)
+
+
+def _file_system(fd: int) -> int:
+    """The magic number of the file system, -1 if the system does not say."""
     import ctypes
 
     result = ctypes.create_string_buffer(256)
     if _libc().fstatfs(ctypes.c_int(fd), result) != 0:
-        return False
-    return int.from_bytes(result.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == _EXT4
+        return -1
+    return int.from_bytes(result.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
 def device_discard(fd: int, offset: int, length: int) -> bool:

@@ -175,6 +175,9 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
     def lookup_all(self, offset: int, length: int) -> ExtentMap:
         return self.mapping.lookup_all(offset, length)
 
+    def cached_host(self, offset: int, length: int) -> int:
+        return self.mapping.cached_host(offset, length)
+
     def decompress(self, extent: Extent, buffer: memoryview) -> None:
         bits, size = self.header.cluster_bits, self.cluster_size
         host, stored = entries.compressed_host(extent.host, bits)

@@ -96,6 +96,33 @@ class Lookup:
             return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
         return self._runs(words, index, count, offset, length)
 
+    def cached_host(self, offset: int, length: int) -> int:
+        """Where a range lies in the data file in one piece, as far as tables in memory say: -1 if not, -2 if nowhere."""
+        l1_index = offset >> self.span_bits
+        skip = offset & (self.cluster_size - 1)
+        count = (skip + length - 1 >> self.cluster_bits) + 1
+        index = offset >> self.cluster_bits & self.l2_mask
+        if l1_index >= len(self.l1) or index + count > self.l2_mask + 1 or self.extended:
+            return -1
+        entry = self.l1[l1_index] & OFFSET_MASK
+        table = self.l2.tables.get(entry)
+        if table is None or table.words is None:
+            return -1 if entry else -2
+        table.used = True
+        words = table.words
+        word = words[index]
+        if not word and not self.data_file:
+            return -2 if count == 1 or not any(words[index : index + count]) else -1
+        host = word & OFFSET_MASK
+        if word & (COMPRESSED | ZERO) or not host or host & (self.cluster_size - 1):
+            return -1
+        if count > 1:
+            flags = word & ~OFFSET_MASK
+            for number in range(1, count):
+                if words[index + number] != flags | host + (number << self.cluster_bits):
+                    return -1
+        return host + skip
+
     def _runs(self, words: array[int], index: int, count: int, offset: int, length: int) -> list[Extent]:
         """Coalesced extents of ``count`` entries, clipped to the range."""
         size = self.cluster_size
