@@ -391,11 +391,21 @@ class Image:
     # -- the gate ---------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Hold new requests back and wait until none is in flight; nests."""
+        """Hold new requests back and wait until none is in flight; nests. Throttled ones do not wait for their time."""
         with self._gate:
             self._paused += 1
-            while self._in_flight:
-                self._changed.wait()
+            if not self._in_flight:
+                return
+        nodes = self.graph.below(self.node)
+        for node in nodes:
+            node.drain_begin()
+        try:
+            with self._gate:
+                while self._in_flight:
+                    self._changed.wait()
+        finally:
+            for node in nodes:
+                node.drain_end()
 
     def resume(self) -> None:
         with self._gate:

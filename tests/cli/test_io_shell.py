@@ -111,7 +111,7 @@ def test_options_of_the_program(io, disk: Path) -> None:  # type: ignore[no-unty
         (["-t", "nonsense", disk], "Invalid cache option: nonsense"),
         (["-d", "nonsense", disk], "Invalid discard option: nonsense"),
         (["-i", "nonsense", disk], "Invalid aio option: nonsense"),
-        (["-C", disk], "not supported"),
+        (["-C", "-r", disk], "Can't use copy-on-read on read-only device"),
         (["--nonsense"], "unrecognized"),
         ([disk.with_name("missing")], "can't open device"),
     ):

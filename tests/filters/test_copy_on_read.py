@@ -24,6 +24,7 @@ from support.walk import walk
 
 K = 1024
 SIZE = 1 << 20
+VARIANTS = [{}, {"cluster_size": 512}, {"extended_l2": True}, {"compat": "0.10"}, {"cluster_size": 2 << 20}]
 
 
 def held(node: object, offset: int = 0, length: int = SIZE) -> int:
@@ -42,8 +43,11 @@ def two_layers(base: bytes, *, copy: bool = True, **options: object) -> tuple[Im
     return image, top
 
 
-@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"extended_l2": True}, {"compat": "0.10"}, {"cluster_size": 2 << 20}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cluster_size": 512}, {"extended_l2": True}, {"compat": "0.10"}, {"cluster_size": 2 << 20}],
+    ids=str,
+)
 def test_what_was_read_is_there_and_reads_the_same(options: dict[str, object]) -> None:
     data = patchwork(SIZE, 11)
     image, top = two_layers(data, **options)

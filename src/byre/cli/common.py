@@ -12,7 +12,7 @@ import sys
 from contextvars import ContextVar
 
 from ..errors import ByreError, InvalidArgument, printable
-from ..options import parse_keyval, unflatten
+from ..options import parse_json, parse_keyval, unflatten
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 from ..units import parse_size
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ..crypto.secrets import Secret
+    from ..filters.throttle_group import ThrottleGroup
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
@@ -147,6 +148,7 @@ class Given:
     def __init__(self, ordered: list[tuple[str, str]], positional: list[str]) -> None:
         self.ordered = ordered
         self.positional = positional
+        self._objects: dict[str, tuple[str, Secret | ThrottleGroup]] | None = None
 
     def has(self, key: str) -> bool:
         return any(name == key for name, _ in self.ordered)
@@ -161,23 +163,52 @@ class Given:
     def all(self, key: str) -> list[str]:
         return [value for name, value in self.ordered if name == key]
 
-    def secrets(self) -> dict[str, Secret]:
-        """The secrets defined with ``--object``, by id.
+    def objects(self) -> dict[str, tuple[str, Secret | ThrottleGroup]]:
+        """What ``--object`` defines: (definition, object) by id, the same objects at each call.
 
         :raises ByreError: a malformed definition, or another type of object
         """
-        texts = self.all("object")
-        if not texts:
+        if self._objects is None:
+            found: dict[str, tuple[str, Secret | ThrottleGroup]] = {}
+            for text in self.all("object"):
+                id, made = _parse_object(text)
+                if id in found:
+                    raise InvalidArgument(f"object {id!r} is defined twice")
+                found[id] = text, made
+            self._objects = found
+        return self._objects
+
+    def secrets(self) -> dict[str, Secret]:
+        """The secrets among :meth:`objects`, by id."""
+        if not self.objects():
             return {}
         from ..crypto.secrets import Secret
 
-        found: dict[str, Secret] = {}
-        for text in texts:
-            secret = Secret.parse(text)
-            if secret.id in found:
-                raise InvalidArgument(f"object {secret.id!r} is defined twice")
-            found[secret.id] = secret
-        return found
+        return {id: made for id, (_, made) in self.objects().items() if isinstance(made, Secret)}
+
+    def throttle_groups(self) -> dict[str, ThrottleGroup]:
+        """The throttle groups among :meth:`objects`, by id."""
+        if not self.objects():
+            return {}
+        from ..filters.throttle_group import ThrottleGroup
+
+        return {id: made for id, (_, made) in self.objects().items() if isinstance(made, ThrottleGroup)}
+
+
+def _parse_object(text: str) -> tuple[str, Secret | ThrottleGroup]:
+    """(id, object) for the definition in ``text``."""
+    if "throttle-group" in text:
+        kind = parse_json(text, "object").get("qom-type") if text.startswith("{") \
+            else parse_keyval(text, implied="qom-type").get("qom-type")  # fmt: skip
+        if kind == "throttle-group":
+            from ..filters.throttle_group import ThrottleGroup
+
+            group = ThrottleGroup.parse(text)
+            return group.name, group
+    from ..crypto.secrets import Secret
+
+    secret = Secret.parse(text)
+    return secret.id, secret
 
 
 def parse(table: Sequence[Switch], arguments: Sequence[str]) -> Given:
@@ -212,9 +243,7 @@ def parse(table: Sequence[Switch], arguments: Sequence[str]) -> Given:
 
 def _hide_secrets(given: Given) -> None:
     """Secrets written on the command line are taken out of what the system shows of it, and out of core dumps."""
-    exposed = [
-        text for text, secret in zip(given.all("object"), given.secrets().values(), strict=True) if secret.exposed
-    ]
+    exposed = [text for text, made in given.objects().values() if getattr(made, "exposed", False)]
     if not exposed:
         return
     from ..crypto.secrets import hide_arguments, protect_memory
@@ -367,6 +396,7 @@ def open_image(
     if options:
         target, format = unflatten({"driver": format, "filename": name, **options}), ""
     graph = graph or Graph()
+    graph.throttle_groups.update(given.throttle_groups())
     try:
         image = open_target(
             target,

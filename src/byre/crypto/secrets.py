@@ -55,7 +55,7 @@ class Secret:
             properties = parse_keyval(text, implied="qom-type")
         kind = properties.pop("qom-type", "")
         if kind != "secret":
-            raise NotSupported(f"objects of type {kind!r} are not supported; only 'secret' is")
+            raise NotSupported(f"objects of type {kind!r} are not supported; 'secret' and 'throttle-group' are")
         if not properties.get("id"):
             raise InvalidArgument("a secret needs an id")
         for key in properties:

@@ -13,6 +13,7 @@ from .child import Child
 from .node import PERM_ALL, PERM_NAMES, Node
 
 if TYPE_CHECKING:
+    from ..filters.throttle_group import ThrottleGroup
     from ..image import Image
 
 __all__ = ["Graph"]
@@ -25,6 +26,7 @@ class Graph:
 
     :ivar warnings: sentences a program should show its user
     :ivar repairs: what was found and mended in images as they were opened, as ``check -r`` says it
+    :ivar throttle_groups: the limits that throttle nodes name, by id
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class Graph:
         self.images: list[Image] = []
         self.warnings: list[str] = []
         self.repairs: list[str] = []
+        self.throttle_groups: dict[str, ThrottleGroup] = {}
         self._next_name = 100
 
     # -- names ------------------------------------------------------------------------------------
@@ -134,6 +137,14 @@ class Graph:
                 seen.add(id(node))
                 todo += [edge.node for edge in node.children.values()]
         return False
+
+    def below(self, top: Node) -> list[Node]:
+        """``top`` and every node below it, each once."""
+        with self.lock:
+            found = [top]
+            for node in found:
+                found += [edge.node for edge in node.children.values() if edge.node not in found]
+            return found
 
     # -- permissions ------------------------------------------------------------------------------
 

@@ -294,6 +294,12 @@ class Node:
 
     # -- life -------------------------------------------------------------------------------------
 
+    def drain_begin(self) -> None:
+        """Somebody above waits for the requests under way: hold none back on purpose from now on. Nests."""
+
+    def drain_end(self) -> None:
+        """The end of :meth:`drain_begin`."""
+
     def chain_opened(self) -> None:
         """Everything below is open, backing files as well.
 
