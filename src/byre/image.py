@@ -335,6 +335,10 @@ class Image:
         if size < self.size and not shrink:
             raise InvalidArgument(f"shrinking from {self.size} to {size} bytes would lose data", where=self.filename,
                                   hint="use --shrink if that is meant")  # fmt: skip
+        if self.node.blockers or self.node.parents[1:]:
+            from .graph.blockers import check
+
+            check(self.graph, self.node, "resize")
         before = self._root.used
         self.graph.set_image_permissions(self._root, before | PERM_RESIZE, self._root.shared)
         try:
@@ -518,14 +522,15 @@ class Image:
         self.pause()
         with self._gate:
             self._changed.notify_all()
-        node = self.node
         try:
-            if not self.read_only and not node.closed:
-                node.flush()
+            if not self.read_only and not self.node.closed:
+                self.node.flush()
         finally:
             with self.graph.lock:
-                # The edge is cut without carrying permissions down: the node is closed next.
+                node = self.node  # now, for it may have been replaced meanwhile
                 self.graph._unlink(self._root)
+                if node.parents:  # else it is closed next
+                    self.graph.refresh_permissions(node)
             self.graph.release(node)
 
     def __enter__(self) -> Image:

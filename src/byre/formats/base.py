@@ -267,6 +267,11 @@ class FormatNode(Node):
         # Nobody else may change what this node's tables describe.
         return need, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE)
 
+    def child_moved(self, child: Child) -> None:
+        if child.name != "backing":
+            raise NotSupported(f"driver {self.driver!r} cannot go on with another node as {child.name!r} while it is open",
+                               where=self.filename)  # fmt: skip
+
     def inactivate(self) -> None:
         if not self.read_only and self.failure is None:
             self.flush()

@@ -317,6 +317,9 @@ class RawNode(Node):
 
     # -- permissions and reopening ----------------------------------------------------------------
 
+    def child_moved(self, child: Child) -> None:
+        self._file = child.node
+
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         if self.force_share:
             return used & PERM_READ, PERM_ALL

@@ -10,7 +10,7 @@ import threading
 from ..errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from ..typing import TYPE_CHECKING
 from .child import Child
-from .node import PERM_ALL, PERM_NAMES, Node
+from .node import PERM_ALL, PERM_NAMES, PERM_RESIZE, PERM_WRITE, Node
 
 if TYPE_CHECKING:
     from ..filters.throttle_group import ThrottleGroup
@@ -36,6 +36,8 @@ class Graph:
         self.warnings: list[str] = []
         self.repairs: list[str] = []
         self.throttle_groups: dict[str, ThrottleGroup] = {}
+        #: The jobs at work here by id, and their registry: see ``jobs/registry.py``.
+        self.jobs: dict[str, object] = {}
         self._next_name = 100
 
     # -- names ------------------------------------------------------------------------------------
@@ -186,8 +188,9 @@ class Graph:
     @staticmethod
     def _check_conflicts(node: Node) -> None:
         for one in node.parents:
+            shared = one.shared & ~(PERM_WRITE | PERM_RESIZE) if one.protects else one.shared
             for other in node.parents:
-                clash = other.used & ~one.shared
+                clash = other.used & ~shared
                 if one is not other and clash:
                     names = ", ".join(name for bit, name in PERM_NAMES.items() if clash & bit)
                     raise Busy(
@@ -220,7 +223,7 @@ class Graph:
                 here.close()
             except Exception as failed:
                 error = error or failed
-            here.children.clear()
+            # Its own ``children`` stay: a request that was about to go through a filter may still ask for the size.
             for edge in edges:
                 if edge.node.parents:
                     self.refresh_permissions(edge.node)

@@ -147,6 +147,8 @@ class Node:
         self.stats = Stats()
         self.closed = False
         self.options: dict[str, object] = {}
+        #: Operations that something else excludes for now, and why: see ``graph/blockers.py``.
+        self.blockers: dict[str, tuple[str, ...]] = {}
 
     # -- what a node must answer ------------------------------------------------------------------
 
@@ -268,6 +270,12 @@ class Node:
         """The cumulative permissions of all parents changed; a protocol node adapts its locks.
 
         :raises Busy: somebody outside the graph holds what is asked
+        """
+
+    def child_moved(self, child: Child) -> None:
+        """``child`` leads to another node now; no request is under way.
+
+        :raises NotSupported: the node holds on to what the old one was
         """
 
     # -- reopening --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..catalog import driver
-from ..errors import InvalidArgument
+from ..errors import Busy, InvalidArgument
 from ..options import convert, flatten
 from .node import PERM_READ, PERM_RESIZE, PERM_WRITE
 from .opening import COMMON_OPTIONS, FLAG_FIELDS, OpenFlags
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from ..image import Image
     from ..options import OptionSet, OptionValues
+    from .graph import Graph
     from .node import Node
 
-__all__ = ["reopen"]
+__all__ = ["reopen", "set_read_only"]
 
 
 def reopen(
@@ -119,6 +120,31 @@ def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[
         image.read_only = was_read_only
         image.graph.set_image_permissions(image._root, used, shared)
         raise
+
+
+def set_read_only(graph: Graph, node: Node, read_only: bool) -> None:
+    """Make a node, and what it owns the writing of, read-only or writable, whoever uses it; all or nothing.
+
+    Requests through the node are held back by the caller.
+
+    :raises Busy: somebody here needs to write, or somebody outside has it locked
+    """
+    with graph.lock:
+        if read_only and graph.cumulative(node)[0] & PERM_WRITE:
+            raise Busy(f"node {node.name!r} is being written to", where=node.filename)
+        nodes = _affected(node)
+        before = [(one, _flags_of(one), _options(one, {})) for one in nodes]
+        was = node.read_only
+        after = [(one, flags._replace(read_only=read_only), options) for one, flags, options in before]
+        _switch(after, read_only)
+        try:
+            graph.refresh_permissions(node)
+            for one in nodes:
+                one.reopen_finish()
+        except BaseException:
+            _switch(before, was)
+            graph.refresh_permissions(node)
+            raise
 
 
 def _switch(changes: list[tuple[Node, OpenFlags, OptionValues]], read_only: bool) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
 from ..formats.abilities import Emptiable
 from ..graph import chain
+from ..graph.live import Tolerated
+from ..graph.relinking import backing_edges
 from ..image import Image
 from ..io.extent import UNALLOCATED, ZERO
 from . import blockcopy
@@ -56,6 +58,7 @@ class CommitJob(Job):
         self.empty = empty
         self._was_read_only = base.read_only
         self._handle: Image | None = None
+        self._tolerated: Tolerated | None = None
 
     def run(self, control: Control) -> None:
         target = self._open_base()
@@ -78,6 +81,7 @@ class CommitJob(Job):
 
         :raises ByreError: the file cannot be opened for writing
         """
+        self._tolerated = Tolerated(self.top.graph, backing_edges(self.top.node, self.base))
         handle = self._handle = Image(self.base, self.top.graph, name="the commit job")
         try:
             handle.reopen(read_only=False)
@@ -95,6 +99,8 @@ class CommitJob(Job):
                 handle.reopen(read_only=True)
         finally:
             handle.close()
+            if self._tolerated is not None:
+                self._tolerated.release()
 
     def _plan(self) -> Iterator[Segment]:
         """What the layers above the base hold; what they do not is in the base already."""

@@ -14,11 +14,16 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import Cancelled, InvalidArgument
+from ..errors import Cancelled, InvalidArgument, NoSpace
+from .errors_policy import IGNORE, REPORT, RETRY, STOP, decide
 from .states import FINISHED, State, check_transition, check_verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..errors import ByreError
+    from .registry import JobRegistry
+    from .transaction import Transaction
 
 __all__ = ["Control", "Job", "Progress"]
 
@@ -74,6 +79,12 @@ class Control:
         self._completing = False
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
         self._on_pause: Callable[[bool], None] | None = None
+        self._pause_lock = threading.Lock()
+        self._told_pause = False
+        #: Called as ``on_stop(error)`` before the job pauses for an error; without it nobody could resume.
+        self._on_stop: Callable[[ByreError], None] | None = None
+        #: Called as ``on_error_event(error, is_source, action)`` for each error that a policy handled.
+        self.on_error_event: Callable[[ByreError, bool, str], None] | None = None
         self._on_ready: Callable[[], None] | None = None
 
     # -- for the job's own code -------------------------------------------------------------------
@@ -134,23 +145,46 @@ class Control:
             if not self._pauses:
                 return
             self._resting += 1
-            first = self._resting == 1
-        if first:
-            self._tell_pause(True)
+        self._tell_pause()
         with self._lock:
             while self._pauses and not self._cancelled:
                 self._changed.wait()
             cancelled = self._cancelled
             self._resting -= 1
-            last = self._resting == 0
-        if last:
-            self._tell_pause(False)
+        self._tell_pause()
         if cancelled:
             raise Cancelled("the job was cancelled")
 
-    def _tell_pause(self, paused: bool) -> None:
-        if self._on_pause is not None:
-            self._on_pause(paused)
+    def _tell_pause(self) -> None:
+        """Several threads may rest at once: what is told is whether any does, each change once."""
+        with self._pause_lock:
+            resting = self._resting > 0
+            if self._on_pause is not None and resting != self._told_pause:
+                self._told_pause = resting
+                self._on_pause(resting)
+
+    def on_error(self, error: ByreError, policy: str = "report", *, source: bool) -> str:
+        """What to do about a request that failed, by a policy of :mod:`byre.jobs.errors_policy`.
+
+        ``stop`` waits here until the job is resumed. Called by any thread of the job.
+
+        :param source: reading failed; else writing to the target
+        :returns: RETRY, or IGNORE where the policy says so
+        :raises ByreError: ``error``, where it is to be reported, or nobody is there who could resume
+        :raises Cancelled: while stopped
+        """
+        action = decide(error, policy)
+        if action == STOP and self._on_stop is None:
+            action = REPORT
+        if self.on_error_event is not None:
+            self.on_error_event(error, source, action)
+        if action == IGNORE:
+            return IGNORE
+        if action == REPORT or self._on_stop is None:
+            raise error
+        self._on_stop(error)
+        self.checkpoint()
+        return RETRY
 
     def wait(self, seconds: float) -> None:
         """Sleep; a verb on the job ends it early. A pause point.
@@ -244,6 +278,9 @@ class Job:
 
     :ivar kind: "convert", "mirror", ... as QMP's ``JobType``
     :ivar on_change: called as ``on_change(job, state)`` after each change of state, with no lock held
+    :ivar on_error_event: called as ``on_error_event(job, operation, action, error)`` when a request of the job failed
+        and a policy handled it; operation is "read" or "write", action "report", "ignore" or "stop"
+    :ivar io_status: "ok"; "failed" or "nospace" while the job is stopped by an error
     :ivar soft_cancelled: cancelled while READY without force: finished early, but not failed
     """
 
@@ -257,6 +294,12 @@ class Job:
         self.control = Control(speed=speed, measure=measure)
         self.control._on_pause = self._paused
         self.control._on_ready = self._ready
+        self.control._on_stop = self._stopped
+        self.control.on_error_event = self._error_handled
+        self.on_error_event: Callable[[Job, str, str, ByreError], None] | None = None
+        self.io_status = "ok"
+        self._registry: JobRegistry | None = None
+        self._transaction: Transaction | None = None
         self.on_change: Callable[[Job, State], None] | None = None
         self.error: BaseException | None = None
         self.soft_cancelled = False
@@ -323,20 +366,33 @@ class Job:
     def _main(self) -> None:
         try:
             self._move(State.RUNNING)
+            if self._transaction is not None:
+                self._transaction.await_all(self, "start")
             self.control.checkpoint()
             self.run(self.control)
             self._move(State.WAITING)
+            if self._transaction is not None:
+                self._transaction.await_all(self, "run")
             self._move(State.PENDING)
             self._await_finalize()
             self.prepare()
+            if self._transaction is not None:
+                self._transaction.await_all(self, "prepare")
         except BaseException as error:
+            if self._transaction is not None:
+                self._transaction.fail(self)
             self._end_failed(error)
         else:
-            self.commit()
-            self.clean()
-            self._move(State.CONCLUDED)
+            self._end_well()
         if self.auto_dismiss:
             self._move(State.NULL)
+
+    def _end_well(self) -> None:
+        try:
+            self.commit()
+        finally:
+            self.clean()
+            self._move(State.CONCLUDED)
 
     def _end_failed(self, error: BaseException) -> None:
         self.error = error
@@ -348,7 +404,8 @@ class Job:
             self._move(State.CONCLUDED)
 
     def _await_finalize(self) -> None:
-        if self.auto_finalize:
+        jobs = (self,) if self._transaction is None else self._transaction.jobs
+        if all(job.auto_finalize for job in jobs):
             return
         with self._lock:
             self._changed.wait_for(lambda: self._finalize or self.control.cancelled)
@@ -360,8 +417,24 @@ class Job:
             check_transition(self.id, self._state, after)
             self._state = after
             self._changed.notify_all()
+        if after is State.NULL and self._registry is not None:
+            self._registry.forget(self)
         if self.on_change is not None:
             self.on_change(self, after)
+
+    def _stopped(self, error: ByreError) -> None:
+        """Pause as the user would, so that the user can resume."""
+        with self._lock:
+            if self.io_status == "ok":
+                self.io_status = "nospace" if isinstance(error, NoSpace) else "failed"
+            if self._user_paused:
+                return
+            self._user_paused = True
+        self.control.pause()
+
+    def _error_handled(self, error: ByreError, source: bool, action: str) -> None:
+        if self.on_error_event is not None:
+            self.on_error_event(self, "read" if source else "write", action, error)
 
     def _paused(self, paused: bool) -> None:
         if paused:
@@ -397,6 +470,7 @@ class Job:
             if not self._user_paused:
                 raise InvalidArgument(f"job {self.id!r} is not paused")
             self._user_paused = False
+            self.io_status = "ok"
         self.control.resume()
 
     def cancel(self, *, force: bool = False) -> None:
@@ -422,9 +496,14 @@ class Job:
         self.control.complete()
 
     def finalize(self) -> None:
-        """A PENDING job: take effect."""
+        """A PENDING job: take effect; with it all jobs of its transaction."""
         with self._lock:
             self._check("finalize")
+        for job in (self,) if self._transaction is None else self._transaction.jobs:
+            job._let_finalize()
+
+    def _let_finalize(self) -> None:
+        with self._lock:
             self._finalize = True
             self._changed.notify_all()
 

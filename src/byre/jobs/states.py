@@ -58,6 +58,7 @@ VERBS: Final[dict[str, frozenset[State]]] = {
     "pause": _ACTIVE,
     "resume": _ACTIVE,
     "set-speed": _ACTIVE,
+    "change": _ACTIVE,
     "complete": frozenset({State.READY}),
     "finalize": frozenset({State.PENDING}),
     "dismiss": frozenset({State.CONCLUDED}),

@@ -1,0 +1,153 @@
+"""External snapshots: overlays put on top of images in use, for several disks at once: all or none.
+
+What an image held so far stays in its file, which becomes a read-only backing file; what is written from now on goes
+to the overlay. The guest is held back only while edges move.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import Busy, ByreError, InvalidArgument, NotSupported
+from . import blockers
+from .creating import create
+from .live import Rewiring, quiesce, supports_backing
+from .opening import Opener, OpenFlags, Policy, has_protocol
+from .reopening import set_read_only
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..image import Image
+    from .graph import Graph
+    from .node import Node
+
+__all__ = ["NewOverlay", "append", "snapshot"]
+
+
+class NewOverlay(NamedTuple):
+    """One disk of a snapshot, as ``blockdev-snapshot-sync`` has it.
+
+    :ivar node: the active layer
+    :ivar filename: of the overlay
+    :ivar format: its driver
+    :ivar mode: "absolute-paths": it is created, naming the old layer by its absolute path; "existing": it is
+        there, made for this, and its header is left alone
+    :ivar node_name: of the overlay's node; "" to have one generated
+    :ivar options: creation options such as ``cluster_size``
+    """
+
+    node: Node | Image
+    filename: str
+    format: str = "qcow2"
+    mode: str = "absolute-paths"
+    node_name: str = ""
+    options: Mapping[str, object] = {}  # nobody changes it
+
+
+def append(graph: Graph, pairs: Sequence[tuple[Node | Image, Node]], *, stay: Sequence[Image] = ()) -> None:
+    """Put each overlay on top of its node: whoever used the node uses the overlay, whose backing file the node is.
+
+    What was written before is durable when this returns, and the nodes are read-only.
+
+    :param pairs: (active layer, overlay): an open node without a backing file that nobody uses
+    :param stay: Images that keep using the old layer directly
+    :raises Busy: the operation is blocked, or the overlay is in use
+    :raises NotSupported: the overlay's format has no backing files
+    :raises ByreError: nothing has changed
+    """
+    chosen = [(_node_of(node), overlay) for node, overlay in pairs]
+    with graph.lock:
+        for node, overlay in chosen:
+            _check(graph, node, overlay)
+        if len({part for pair in chosen for part in pair}) < 2 * len(chosen):
+            raise InvalidArgument("a node is named twice in one snapshot")
+    roots = [image._root for image in stay]
+    with quiesce(graph, [node for pair in chosen for node in pair]):
+        for node, _ in chosen:
+            if not node.read_only:
+                node.flush()
+        with Rewiring(graph) as change:
+            for node, overlay in chosen:
+                for edge in list(node.parents):
+                    if edge not in roots:
+                        change.move(edge, overlay)
+                change.add(overlay, "backing", node, "backing")
+        for node, _ in chosen:
+            _protect(graph, node)
+
+
+def _node_of(target: Node | Image) -> Node:
+    found: Node = getattr(target, "node", target)  # type: ignore[arg-type]
+    return found
+
+
+def _check(graph: Graph, node: Node, overlay: Node) -> None:
+    blockers.check(graph, node, "external-snapshot")
+    if overlay.parents:
+        raise Busy(f"the overlay {overlay.name!r} is already in use", where=overlay.filename)
+    if "backing" in overlay.children:
+        raise InvalidArgument(f"the overlay {overlay.name!r} already has a backing image", where=overlay.filename)
+    if not supports_backing(overlay):
+        raise NotSupported(f"the overlay {overlay.name!r} does not support backing images", where=overlay.filename)
+    if overlay.size < node.size:
+        raise InvalidArgument(f"the overlay is smaller ({overlay.size} bytes) than the image ({node.size} bytes)",
+                              where=overlay.filename)  # fmt: skip
+
+
+def _protect(graph: Graph, node: Node) -> None:
+    """Nobody writes to the old layer any more; that its file stays open for writing would not be an error."""
+    if node.read_only:
+        return
+    try:
+        set_read_only(graph, node, True)
+    except ByreError as error:
+        graph.warnings.append(f"the backing file stays writable: {error}")
+
+
+def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | None = None) -> list[Node]:
+    """Create (or open) an overlay for each disk and :func:`append` them all.
+
+    :returns: the overlays, which are the active layers now
+    :raises ByreError: nothing has changed, and no file made here is left
+    """
+    made: list[str] = []
+    nodes: list[Node] = []
+    try:
+        for wanted in overlays:
+            blockers.check(graph, _node_of(wanted.node), "external-snapshot")
+            nodes.append(_open(graph, wanted, made, policy or Policy()))
+        append(graph, [(wanted.node, node) for wanted, node in zip(overlays, nodes, strict=True)])
+    except BaseException:
+        for node in nodes:
+            graph.release(node)
+        for path in made:
+            os.unlink(path)
+        raise
+    return nodes
+
+
+def _open(graph: Graph, wanted: NewOverlay, made: list[str], policy: Policy) -> Node:
+    node = _node_of(wanted.node)
+    if wanted.mode == "absolute-paths":
+        below = node.filename if has_protocol(node.filename) else os.path.abspath(node.filename)
+        new = not os.path.exists(wanted.filename)
+        options = {**wanted.options, "backing_file": below, "backing_fmt": _format(node)}
+        create(wanted.filename, wanted.format, node.size, options=options, check_backing=False, policy=policy)
+        if new:
+            made.append(wanted.filename)
+    elif wanted.mode != "existing":
+        raise InvalidArgument(f"unknown mode {wanted.mode!r}: expected absolute-paths or existing")
+    given: dict[str, object] = {"driver": wanted.format, "file": {"driver": "file", "filename": wanted.filename},
+                                "backing": None}  # fmt: skip
+    if wanted.node_name:
+        given["node-name"] = wanted.node_name
+    flags: OpenFlags = getattr(node, "open_flags", OpenFlags())
+    return Opener(graph, policy).open_chain(given, flags._replace(read_only=False, no_backing=True))
+
+
+def _format(node: Node) -> str:
+    from .chain import skip_filters
+
+    return skip_filters(node).driver
