@@ -172,7 +172,7 @@ INFO = {
     "byre.io.engine", "byre.io.inflight", "byre.io.tables", "byre.formats.base", "byre.formats.qcow2.image",
     "byre.formats.qcow2.mapping", "byre.formats.qcow2.opening", "byre.formats.qcow2.refcounts",
     "byre.formats.qcow2.amend_ability", "byre.formats.qcow2.bitmap_ability", "byre.formats.qcow2.snapshot_ability",
-    "byre.io.sectors",
+    "byre.io.sectors", "byre.io.cached",
 }  # fmt: skip
 
 
