@@ -66,3 +66,9 @@ def qemu_nbd() -> Run:
 def qemu_io_path() -> str:
     """For tests that keep the program running."""
     return peer_program("qemu-io")
+
+
+@pytest.fixture
+def ewfacquire() -> Run:
+    """Makes forensic images (Debian package ewf-tools)."""
+    return _runner("ewfacquire")
