@@ -332,8 +332,12 @@ class Bitmap:
                 "and can't be merged"
             )
         if source is not self:
-            self._changing()
-            self._join(source)
+            self.set_from(source)
+
+    def set_from(self, source: Bitmap) -> None:
+        """As :meth:`merge`, for two of one size that may be used now."""
+        self._changing()
+        self._join(source)
 
     def _join(self, source: Bitmap) -> None:
         with source._lock:

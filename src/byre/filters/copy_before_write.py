@@ -25,14 +25,14 @@ from .base import FilterNode, open_filtered
 from .point_in_time import PointInTime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..bitmaps.bitmap import Bitmap
     from ..graph.child import Child
     from ..graph.node import Node
     from ..graph.opening import OpenRequest
 
-__all__ = ["ON_ERROR", "CopyBeforeWriteNode", "copy_cluster", "find_bitmap"]
+__all__ = ["ON_ERROR", "CopyBeforeWriteNode", "cluster_for", "find_bitmap"]
 
 ON_ERROR: Final = ("break-guest-write", "break-snapshot")
 LEAST_CLUSTER: Final = 64 * KIB
@@ -72,7 +72,7 @@ def open_node(request: OpenRequest) -> CopyBeforeWriteNode:
         timeout=timeout,
     )
     open_filtered(request, node, "file", below)
-    node.take_target(request.opener.graph.attach(node, "target", target, "data"))
+    request.opener.graph.attach(node, "target", target, "data")
     node.begin(cluster_for(target, options.number("min-cluster-size")), wanted)
     return node
 
@@ -107,6 +107,7 @@ class CopyBeforeWriteNode(FilterNode):
     :ivar state: what is copied; made by :meth:`begin`
     :ivar on_error: one of ``ON_ERROR``
     :ivar timeout: seconds a copy may take, 0 for no limit
+    :ivar copier: copies a claimed (offset, length) instead of the filter itself
     """
 
     driver = "copy-before-write"
@@ -115,11 +116,8 @@ class CopyBeforeWriteNode(FilterNode):
         super().__init__(name=name, read_only=read_only)
         self.on_error = on_error or ON_ERROR[0]
         self.timeout = timeout
-        self._target: Node | None = None
+        self.copier: Callable[[int, int], None] | None = None
         self._state: PointInTime | None = None
-
-    def take_target(self, child: Child) -> None:
-        self._target = child.node
 
     def begin(self, cluster: int, wanted: Bitmap | None = None) -> None:
         """The state to keep is the one of now; with both children attached, before the first write.
@@ -136,7 +134,6 @@ class CopyBeforeWriteNode(FilterNode):
 
     @property
     def target(self) -> Node:
-        assert self._target is not None
         return self.children["target"].node
 
     @property
@@ -222,10 +219,13 @@ class CopyBeforeWriteNode(FilterNode):
 
     def copy(self, offset: int, length: int) -> None:
         """Copy a claimed range to the target, as zeroes what is known to read so."""
+        if self.copier is not None:
+            self.copier(offset, length)
+            return
         end = offset + length
         while offset < end:
             step = min(self.state.cluster, end - offset)
-            copy_cluster(self.below, self.target, offset, step)
+            _copy_cluster(self.below, self.target, offset, step)
             offset += step
 
     # -- the earlier state ------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class CopyBeforeWriteNode(FilterNode):
         return used | PERM_READ, shared & ~(PERM_WRITE | PERM_RESIZE)
 
 
-def copy_cluster(source: Node, target: Node, offset: int, length: int) -> None:
+def _copy_cluster(source: Node, target: Node, offset: int, length: int) -> None:
     """Copy one cluster, as zeroes if ``source`` is known to read so."""
     if engine.reads_zero(source, offset, length):
         try:

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
-from ..errors import AccessDenied, ByreError, IOFailure
+from ..errors import AccessDenied, ByreError, InvalidArgument, IOFailure
 from ..units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -34,10 +34,13 @@ class PointInTime:
 
     :param cluster: bytes, a power of two: what is copied at a time
     :param wanted: only its dirty parts belong to the state; ``None`` for the whole disk
+    :raises InvalidArgument: ``wanted`` has another size
     :ivar failure: why the state is lost; ``None`` while it is whole
     """
 
     def __init__(self, size: int, cluster: int, wanted: Bitmap | None = None) -> None:
+        if wanted is not None and wanted.size != size:
+            raise InvalidArgument(f"bitmap {wanted.name!r} is for {wanted.size} bytes, the disk has {size}")
         self.size = size
         self.cluster = cluster
         self.failure: ByreError | None = None
@@ -49,7 +52,7 @@ class PointInTime:
             if wanted is None:
                 bitmap.set(0, size)
             else:
-                bitmap.merge(wanted)
+                bitmap.set_from(wanted)
 
     @property
     def left(self) -> int:
@@ -88,6 +91,12 @@ class PointInTime:
             self._copies.remove((offset, offset + length))
             (self._done if copied else self._todo).set(offset, length)
             self._changed.notify_all()
+
+    def wait_settled(self) -> None:
+        """Wait until nobody copies."""
+        with self._changed:
+            while self._copies and self.failure is None:
+                self._changed.wait()
 
     def skip(self, ranges: Iterable[tuple[int, int]]) -> int:
         """The target has these (offset, length) already: whole clusters of them need not be copied; bytes gained."""

@@ -199,7 +199,7 @@ class MirrorJob(Job):
         try:
             with quiesce(graph, [source, target]):
                 self._read = Image(source, graph, name=f"the {self.kind} job")
-                self._write = Image(target, graph, read_only=False, name=f"the {self.kind} job")
+                self._open_target()
                 self._top.name = self._filter_name
                 graph.add(self._top)
                 insert_filter(graph, self._top, source, stay=[self._read])
@@ -210,10 +210,13 @@ class MirrorJob(Job):
                 )
             chunk = _chunk(self.options.buffer_size or DEFAULT_BUFFER, self._top.dirty.granularity)
             settings = CopySettings(sparse=0, unmap=self.options.unmap, whole_total=False, chunk=chunk)
-            self._copy = LiveCopy(self._read, self._write, settings, base=leave)
+            self._copy = LiveCopy(self._read, self._writer, settings, base=leave)
         except BaseException:
             self.clean()
             raise
+
+    def _open_target(self) -> None:
+        self._write = Image(self._target_node, self._graph, read_only=False, name=f"the {self.kind} job")
 
     def _write_both(self) -> None:
         self._graph.attach(self._top, "target", self._target_node, "data")
@@ -233,6 +236,9 @@ class MirrorJob(Job):
                     graph.release(top)
         elif graph.nodes.get(top.name) is top:
             graph.release(top)
+        self._close()
+
+    def _close(self) -> None:
         for image in (self._write, self._read):
             if image is not None:
                 image.close()
