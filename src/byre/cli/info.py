@@ -37,7 +37,7 @@ Say what an image is.
 
 {common.option_help(_TABLE)}"""
 
-_WITHOUT_CLUSTERS: Final = ("raw", "luks", "bochs", "cloop", "dmg")
+_WITHOUT_CLUSTERS: Final = ("raw", "luks", "bochs", "cloop", "dmg", "parallels")
 """Formats of which the peer shows no cluster size."""
 _FILE_DRIVERS: Final = ("file", "host_device", "host_cdrom")
 
@@ -211,7 +211,8 @@ def _format_specific(node: Node) -> dict[str, object] | None:
 
     if not isinstance(node, HasFormatInfo):
         return None
-    return {"type": node.driver, "data": node.format_info()}
+    data = node.format_info()
+    return {"type": node.driver, "data": data} if data else None
 
 
 def snapshot_rows(node: object) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from .output import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
     from ..image import Image
 
@@ -113,15 +114,22 @@ def _measure(target: str, values: OptionValues, source: Image | None) -> _Sizes:
     data = 0
     if source is None:
         values.given.pop("backing_file", None)
-    elif "cluster_size" in declared_options(target) and "backing_file" not in values:
+    elif "backing_file" not in values and (unit := _unit(module, target, values)):
         from ..formats.qcow2.measurement import touched_bytes
 
-        data = touched_bytes(_data_spans(source), values.number("cluster_size"))
+        data = touched_bytes(_data_spans(source), unit)
     required, full = module.measure(values, size, data)
     bitmaps = None
     if source is not None and target == "qcow2" and values.text("compat") not in ("0.10", "v2"):
         bitmaps = _bitmap_bytes(source, values.number("cluster_size"))
     return _Sizes(required, full, bitmaps)
+
+
+def _unit(module: ModuleType, target: str, values: OptionValues) -> int:
+    """In which pieces the new image holds data, bytes; 0 where that makes no difference."""
+    if hasattr(module, "measure_unit"):
+        return int(module.measure_unit(values))
+    return values.number("cluster_size") if "cluster_size" in declared_options(target) else 0
 
 
 def _data_spans(source: Image) -> Iterator[tuple[int, int]]:

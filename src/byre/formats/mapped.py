@@ -1,0 +1,181 @@
+"""A format node whose disk is one map over one file: the hooks go to the map, and what such formats share is here.
+
+The map says where bytes lie (:mod:`.flatmap`, :mod:`.twolevel`); the format adds its header and what it can besides.
+"""
+
+from __future__ import annotations
+
+from ..errors import ReadOnly
+from ..graph.node import PERM_ALL, PERM_READ
+from ..io.extent import ZERO
+from ..typing import TYPE_CHECKING, Protocol, cast
+from .base import FormatNode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ..graph.child import Child
+    from ..graph.node import Node
+    from ..graph.opening import OpenFlags, OpenRequest
+    from ..io.extent import Extent
+    from ..io.extentmap import ExtentMap
+    from ..options import OptionValues
+    from .base import Placement
+
+__all__ = ["DiskMap", "MappedNode"]
+
+
+class DiskMap(Protocol):
+    """Where the clusters of a disk lie. Every method is called with the node's lock held.
+
+    :ivar dirty: something is to be written back
+    :ivar backed: what is not allocated reads from a layer below
+    :ivar freed: (host, clusters) that the tables in memory no longer name
+    """
+
+    backed: bool
+    freed: list[tuple[int, int]]
+
+    @property
+    def dirty(self) -> bool: ...
+    def lookup(self, offset: int, length: int) -> list[Extent]: ...
+    def lookup_all(self, offset: int, length: int) -> ExtentMap: ...
+    def in_place(self, offset: int, length: int) -> int: ...
+    def reserve(self, offset: int, length: int) -> list[Placement]: ...
+    def publish(self, placements: Sequence[Placement]) -> None: ...
+    def cancel(self, placements: Sequence[Placement]) -> None: ...
+    def unmap(self, offset: int, length: int, zero: bool, keep: bool) -> int: ...
+    def write_back(self) -> None: ...
+    def release(self, host: int, count: int) -> None: ...
+
+
+class MappedNode(FormatNode):
+    """An open image with one map. Guarded by ``lock``: the map and the header.
+
+    :ivar file: where everything lies
+    :ivar map: set by the format before the node is used
+    :ivar dirty: the header says that the image was not closed; ``None`` where a format has no such notion
+    """
+
+    map: DiskMap
+    dirty: bool | None = None
+
+    def __init__(self, request: OpenRequest, file: Node, flags: OpenFlags) -> None:
+        super().__init__(name=request.name, filename=file.filename, read_only=flags.read_only)
+        self.file = file
+        self.runtime = request.options
+        self.open_flags = flags
+        self.force_share = flags.force_share
+        self.detect_zeroes = flags.detect_zeroes
+        self.pass_discard = flags.unmap
+        self.report = file.debug_event if file.takes_events else None
+        self._writing = False
+
+    def attach(self, request: OpenRequest) -> None:
+        """Join the file; the last step of opening but for what may fail behind it."""
+        request.opener.adopt(self)  # so that a failure from here on leaves no edge behind
+        self.sources = (request.opener.graph.attach(self, "file", self.file, "data"),)
+
+    # -- what a format adds -----------------------------------------------------------------------
+
+    def start_writing(self) -> None:
+        """Before the first change: say in the header that the image is open, where the format can; lock held."""
+
+    def settle(self) -> None:
+        """Everything is on disk, nothing under way: the header may say that the image is closed; lock held."""
+
+    # -- the format contract ----------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> list[Extent]:
+        return self.map.lookup(offset, length)
+
+    def lookup_all(self, offset: int, length: int) -> ExtentMap:
+        return self.map.lookup_all(offset, length)
+
+    def in_place(self, offset: int, length: int) -> int:
+        if not self._writing or self.cipher is not None or self.report is not None:
+            return -1
+        return self.map.in_place(offset, length)
+
+    def before_change(self) -> None:
+        """First thing in every hook that changes something; lock held."""
+        self.map.backed = self.backing is not None or bool(self.backing_name)
+        if not self._writing:
+            self.guarded(self.start_writing)
+            self._writing = True
+
+    def reserve(self, offset: int, length: int) -> list[Placement]:
+        self.before_change()
+        return self.map.reserve(offset, length)
+
+    def publish(self, placements: Sequence[Placement]) -> None:
+        self.guarded(lambda: self.map.publish(placements))
+
+    def cancel(self, placements: Sequence[Placement]) -> None:
+        self.map.cancel(placements)
+
+    def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
+        self.before_change()
+        return self.map.unmap(offset, length, kind == ZERO, keep)
+
+    def write_back(self) -> None:
+        """Tables, and then what they no longer name is given back: to the file system, and to later writes."""
+        self.guarded(self._write_back)
+
+    def _write_back(self) -> None:
+        if self.map.dirty:
+            self.map.write_back()
+        freed, self.map.freed = self.map.freed, []
+        if not freed:
+            return
+        # Once no durable table names a cluster, it may be punched and reused.
+        self.file.flush()
+        for host, count in freed:
+            if self.pass_discard:
+                self.file.discard(host, count * self.cluster_size)
+            self.inflight.when_clear(lambda host=host, count=count: self.map.release(host, count))  # type: ignore[misc]
+
+    def guarded(self, action: Callable[[], None]) -> None:
+        """A metadata change that fails half way takes the node out of service."""
+        try:
+            action()
+        except BaseException as error:
+            self.fail_stop(error)
+            raise
+
+    # -- reopening, closing, permissions ----------------------------------------------------------
+
+    def check_writable(self, what: str) -> None:
+        """:raises ReadOnly: the image is open read-only"""
+        if self.read_only:
+            raise ReadOnly(f"cannot {what}: the image is open read-only", where=self.filename)
+
+    def close_cleanly(self) -> None:
+        """Everything to disk, and the header says so."""
+        self.flush()
+        with self.lock:
+            if self.failure is None:
+                self.guarded(self.settle)
+                self._writing = False
+
+    def inactivate(self) -> None:
+        if not self.read_only and self.failure is None:
+            self.close_cleanly()
+
+    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        if not self.read_only:
+            self.close_cleanly()
+        return flags, options
+
+    def reopen_commit(self, token: object) -> None:
+        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
+        with self.lock:
+            self.open_flags, self.runtime = flags, options
+            self.read_only = flags.read_only
+            self.detect_zeroes = flags.detect_zeroes
+            self.pass_discard = flags.unmap
+
+    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        if self.force_share:
+            return used & PERM_READ, PERM_ALL
+        return super().child_permissions(child, used, shared)
