@@ -22,7 +22,9 @@ class Driver(NamedTuple):
     :ivar signatures: alternatives of ``(offset, bytes)`` pairs that must all match the first 2 KiB
     :ivar tails: the same in the last 512 bytes, for formats that may have nothing at the beginning
     :ivar abilities: letters, r read, w write, c create
+    :ivar clue: for a format without a signature: where the first 2 KiB hold this, ``matches(head)`` of the module decides
     :ivar prefix: ``prefix:name`` selects this protocol
+    :ivar more_prefixes: these do as well
     """
 
     name: str
@@ -33,6 +35,8 @@ class Driver(NamedTuple):
     abilities: str = "r"
     prefix: str = ""
     tails: tuple[tuple[tuple[int, bytes], ...], ...] = ()
+    more_prefixes: tuple[str, ...] = ()
+    clue: bytes = b""
 
     def load(self) -> ModuleType:
         """The driver's module. ``importlib`` is more than start-up needs."""
@@ -49,6 +53,8 @@ CATALOG: tuple[Driver, ...] = (
            prefix="null-co"),
     Driver("null-aio", "protocol", "byre.protocols.null", "takes everything, holds nothing", abilities="rw",
            prefix="null-aio"),
+    Driver("nbd", "protocol", "byre.protocols.nbd", "export of an NBD server", abilities="rw", prefix="nbd",
+           more_prefixes=("nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")),
     Driver("raw", "format", "byre.formats.raw", "bytes as they are", abilities="rwc"),
     Driver("qcow2", "format", "byre.formats.qcow2", "QEMU copy-on-write, versions 2 and 3",
            (((0, b"QFI\xfb\0\0\0\2"),), ((0, b"QFI\xfb\0\0\0\3"),)), abilities="rwc"),
@@ -69,11 +75,17 @@ CATALOG: tuple[Driver, ...] = (
            (((64, b"\x7f\x10\xda\xbe"),),), abilities="rwc"),
     Driver("vhdx", "format", "byre.formats.vhdx", "Hyper-V disk (differencing ones read-only)",
            (((0, b"vhdxfile"),),), abilities="rwc"),
+    Driver("vma", "format", "byre.formats.vma", "backup archives of Proxmox", (((0, b"VMA\0\0\0\0\1"),),)),
+    Driver("qed", "format", "byre.formats.qed", "QEMU Enhanced Disk", (((0, b"QED\0"),),), abilities="rwc"),
+    Driver("vmdk", "format", "byre.formats.vmdk", "VMware disk (ESX sparse and space-efficient ones read-only)",
+           (((0, b"KDMV"),), ((0, b"COWD"),), ((0, b"\xbe\xba\xfe\xca\0\0\0\0\1\0\0\0\2\0\0\0"),)), abilities="rwc",
+           clue=b"version"),
     Driver("blkdebug", "filter", "byre.filters.faults", "fails chosen requests", abilities="rw", prefix="blkdebug"),
     Driver("blkverify", "filter", "byre.filters.verify", "compares two children on every read", abilities="rw",
            prefix="blkverify"),
     Driver("copy-on-read", "filter", "byre.filters.copy_on_read", "keeps what is read from backing files",
            abilities="rw"),
+    Driver("quorum", "filter", "byre.filters.quorum", "several copies of a disk, read by vote", abilities="rw"),
     Driver("compress", "filter", "byre.filters.compress", "writes go compressed", abilities="rw"),
     Driver("preallocate", "filter", "byre.filters.preallocate", "grows a file ahead of the writes to it",
            abilities="rw"),
@@ -91,7 +103,7 @@ PROBE_SIZE = 2048
 TAIL_SIZE = 512
 
 _BY_NAME = {row.name: row for row in CATALOG}
-_BY_PREFIX = {row.prefix: row for row in CATALOG if row.prefix}
+_BY_PREFIX = {prefix: row for row in CATALOG for prefix in (row.prefix, *row.more_prefixes) if prefix}
 
 
 def driver(name: str) -> Driver:
@@ -116,11 +128,13 @@ def formats() -> list[Driver]:
 def probe(head: bytes, tail: bytes = b"") -> Driver:
     """The format of an image that begins with ``head`` (2 KiB, less if it is shorter); raw is the last resort.
 
-    The longest matching signature wins. What the end says counts only where the beginning says nothing.
+    The longest matching signature wins, and clues come after signatures. What the end says counts only where the beginning says nothing.
 
     :param tail: the last 512 bytes; may be left out if :func:`probe` of ``head`` alone is not raw
     """
     best = _longest_match(head, tail=False)
+    if best is None:
+        best = next((row for row in CATALOG if row.clue and row.clue in head and row.load().matches(head)), None)
     if best is None and len(tail) == TAIL_SIZE:
         best = _longest_match(tail, tail=True)
     return best or _BY_NAME["raw"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
+    from ..nbd.tls import Credentials
     from ..options import Option, OptionSet
 
 __all__ = [
@@ -148,7 +149,7 @@ class Given:
     def __init__(self, ordered: list[tuple[str, str]], positional: list[str]) -> None:
         self.ordered = ordered
         self.positional = positional
-        self._objects: dict[str, tuple[str, Secret | ThrottleGroup]] | None = None
+        self._objects: dict[str, tuple[str, Secret | ThrottleGroup | Credentials]] | None = None
 
     def has(self, key: str) -> bool:
         return any(name == key for name, _ in self.ordered)
@@ -163,13 +164,13 @@ class Given:
     def all(self, key: str) -> list[str]:
         return [value for name, value in self.ordered if name == key]
 
-    def objects(self) -> dict[str, tuple[str, Secret | ThrottleGroup]]:
+    def objects(self) -> dict[str, tuple[str, Secret | ThrottleGroup | Credentials]]:
         """What ``--object`` defines: (definition, object) by id, the same objects at each call.
 
         :raises ByreError: a malformed definition, or another type of object
         """
         if self._objects is None:
-            found: dict[str, tuple[str, Secret | ThrottleGroup]] = {}
+            found: dict[str, tuple[str, Secret | ThrottleGroup | Credentials]] = {}
             for text in self.all("object"):
                 id, made = _parse_object(text)
                 if id in found:
@@ -186,25 +187,35 @@ class Given:
 
         return {id: made for id, (_, made) in self.objects().items() if isinstance(made, Secret)}
 
-    def throttle_groups(self) -> dict[str, ThrottleGroup]:
-        """The throttle groups among :meth:`objects`, by id."""
+    def furnish(self, graph: Graph) -> None:
+        """Give ``graph`` what its nodes find by id: the throttle groups and TLS credentials among :meth:`objects`."""
         if not self.objects():
-            return {}
+            return
         from ..filters.throttle_group import ThrottleGroup
+        from ..nbd.tls import Credentials
 
-        return {id: made for id, (_, made) in self.objects().items() if isinstance(made, ThrottleGroup)}
+        for id, (_, made) in self.objects().items():
+            if isinstance(made, ThrottleGroup):
+                graph.throttle_groups[id] = made
+            elif isinstance(made, Credentials):
+                graph.tls_credentials[id] = made
 
 
-def _parse_object(text: str) -> tuple[str, Secret | ThrottleGroup]:
+def _parse_object(text: str) -> tuple[str, Secret | ThrottleGroup | Credentials]:
     """(id, object) for the definition in ``text``."""
-    if "throttle-group" in text:
-        kind = parse_json(text, "object").get("qom-type") if text.startswith("{") \
-            else parse_keyval(text, implied="qom-type").get("qom-type")  # fmt: skip
+    if "throttle-group" in text or "tls-creds" in text:
+        kind = str(parse_json(text, "object").get("qom-type")) if text.startswith("{") \
+            else parse_keyval(text, implied="qom-type").get("qom-type", "")  # fmt: skip
         if kind == "throttle-group":
             from ..filters.throttle_group import ThrottleGroup
 
             group = ThrottleGroup.parse(text)
             return group.name, group
+        if kind.startswith("tls-creds-"):
+            from ..nbd.tls import Credentials
+
+            credentials = Credentials.parse(text)
+            return credentials.id, credentials
     from ..crypto.secrets import Secret
 
     secret = Secret.parse(text)
@@ -396,7 +407,7 @@ def open_image(
     if options:
         target, format = unflatten({"driver": format, "filename": name, **options}), ""
     graph = graph or Graph()
-    graph.throttle_groups.update(given.throttle_groups())
+    given.furnish(graph)
     try:
         image = open_target(
             target,

@@ -138,7 +138,7 @@ def _check_protocol(filename: str) -> None:
         if row is None:
             raise InvalidArgument(f"unknown protocol {prefix!r}",
                                   hint="write ./ before a file name that holds a colon")  # fmt: skip
-        if "c" not in row.abilities and row.name not in ("host_device", "host_cdrom"):
+        if "c" not in row.abilities and row.name not in ("host_device", "host_cdrom", "nbd"):
             raise NotSupported(f"protocol driver {row.name!r} cannot create images")
 
 

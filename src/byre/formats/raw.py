@@ -347,4 +347,4 @@ def create(request: CreateRequest) -> None:
     size = options.number("size")
     if size >= 1 << 63:
         raise InvalidArgument(f"size is {size}, allowed are {2**63 - 512} bytes", where=request.filename)
-    request.file.resize(size, preallocation=options.word("preallocation"))
+    request.file.resize(size, preallocation=options.word("preallocation"), exact=False)

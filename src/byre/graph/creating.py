@@ -161,6 +161,9 @@ def _create_over_protocol(filename: str, make: Callable[[CreateRequest], None], 
         opened.append(node)
         graph.attach_image(node, "image creation", PERM_READ | PERM_WRITE | PERM_RESIZE,
                            PERM_ALL & ~(PERM_WRITE | PERM_RESIZE))  # fmt: skip
+        if not hasattr(protocol, "create") and node.size:
+            # It was there before: nobody shall take it for what it was.
+            node.write_zeroes(0, min(node.size, SECTOR))
         return node
 
     def spoil() -> None:

@@ -15,6 +15,7 @@ from .node import PERM_ALL, PERM_NAMES, PERM_RESIZE, PERM_WRITE, Node
 if TYPE_CHECKING:
     from ..filters.throttle_group import ThrottleGroup
     from ..image import Image
+    from ..nbd.tls import Credentials
 
 __all__ = ["Graph"]
 
@@ -27,6 +28,7 @@ class Graph:
     :ivar warnings: sentences a program should show its user
     :ivar repairs: what was found and mended in images as they were opened, as ``check -r`` says it
     :ivar throttle_groups: the limits that throttle nodes name, by id
+    :ivar tls_credentials: what network nodes name with ``tls-creds``, by id
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,7 @@ class Graph:
         self.warnings: list[str] = []
         self.repairs: list[str] = []
         self.throttle_groups: dict[str, ThrottleGroup] = {}
+        self.tls_credentials: dict[str, Credentials] = {}
         #: The jobs at work here by id, and their registry: see ``jobs/registry.py``.
         self.jobs: dict[str, object] = {}
         self._next_name = 100

@@ -158,6 +158,9 @@ def parse_filename(name: str) -> dict[str, object]:
             # Shown, and given again, as a path.
             return {"driver": "file", "filename": f"./{rest}" if has_protocol(rest) else rest}
         module = row.load()
+        parse_name = getattr(module, "parse_name", None)
+        if parse_name is not None:  # the prefix says something, too
+            return {"driver": row.name, **parse_name(name)}
         parse = getattr(module, "parse_filename", None)
         parsed: dict[str, object] = parse(rest) if parse else {"filename": rest}
         return {"driver": row.name, **parsed}
@@ -281,7 +284,7 @@ class Opener:
             given = {**parse_filename(filename), **rest}
         if isinstance(given.get("driver"), str):
             row = driver(str(given["driver"]))
-            if row.prefix and isinstance(filename, str) and filename.startswith(f"{row.prefix}:"):
+            if isinstance(filename, str) and by_prefix(filename.partition(":")[0]) is row and ":" in filename:
                 given = {
                     **{key: value for key, value in given.items() if key != "filename"},
                     **parse_filename(filename),

@@ -14,6 +14,7 @@ __all__ = [
     "FUA",
     "KIND_NAMES",
     "MAY_UNMAP",
+    "NOT_COUNTED",
     "NO_FALLBACK",
     "NO_HOST",
     "UNALLOCATED",
@@ -32,6 +33,8 @@ COMPRESSED: Final = 3
 
 KIND_NAMES: Final = ("data", "zero", "unallocated", "compressed")
 NO_HOST: Final = -1
+NOT_COUNTED: Final = -1
+"""``source`` of DATA that must be read like any other, but that a protocol says is not allocated."""
 
 FUA: Final = 1
 """The write is durable when the call returns."""

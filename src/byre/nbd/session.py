@@ -236,6 +236,12 @@ class Client:
         if failure is not None:
             raise failure
 
+    def run_one(self, request: Request) -> None:
+        """:meth:`run` of a single request, with less ado."""
+        failure = self._settle(request, self._submit(request))
+        if failure is not None:
+            raise failure
+
     def _submit(self, request: Request) -> Connection | None:
         """Send on the least busy connection; ``None`` if there is none at the moment."""
         lines = self._lines

@@ -15,7 +15,7 @@ SCHEMES: Final = ("nbd", "nbds", "nbd+tcp", "nbds+tcp", "nbd+unix", "nbds+unix",
 TLS_TYPES: Final = ("x509", "psk", "anon")
 
 _EXPORT_MARK: Final = ":exportname="
-_TLS_KEYS: Final = ("tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates", "tls-psk-file", "tls-username")
+_TLS_KEYS: Final = ("tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates", "tls-username")
 _SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/:@!$'()*+,;=")
 
 
@@ -100,12 +100,15 @@ def _parse_uri(name: str) -> Target:
         if socket:
             raise _bad(name, f"?socket= is for nbd+unix, not for {scheme}")
         address = _vsock(name, place) if transport == "vsock" else _inet(name, place)
-    unknown = [key for key in parameters if key not in _TLS_KEYS and not key.startswith("x-")]
+    unknown = [key for key in parameters if key not in _TLS_KEYS]
     if unknown:
         raise _bad(name, f"unknown parameter {unknown[0]!r}")
     _check_tls(name, parameters)
+    secure = scheme.startswith("nbds")
+    if parameters and not secure:
+        raise _bad(name, f"what concerns TLS needs nbds{scheme[3:]}://")
     export = _unquote(name, path) if slash else ""
-    return Target(address, export, scheme.startswith("nbds"), tuple(parameters.items()))
+    return Target(address, export, secure, tuple(parameters.items()))
 
 
 def _query(name: str, query: str) -> dict[str, str]:

@@ -87,7 +87,7 @@ def open_image(target: str | dict[str, object], format: str, settings: Settings,
     if isinstance(target, dict) and settings.force_share and target.get("force-share", "on") != "on":
         raise InvalidArgument("-U conflicts with image options")
     graph = Graph()
-    graph.throttle_groups.update(given.throttle_groups())
+    given.furnish(graph)
     if settings.snapshot:
         image = _open_overlay(target, format, settings, given, graph)
     else:
