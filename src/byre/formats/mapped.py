@@ -55,10 +55,12 @@ class MappedNode(FormatNode):
     :ivar file: where everything lies
     :ivar map: set by the format before the node is used
     :ivar dirty: the header says that the image was not closed; ``None`` where a format has no such notion
+    :ivar marks_every_write: :meth:`start_writing` comes before any write, not only before those that allocate
     """
 
     map: DiskMap
     dirty: bool | None = None
+    marks_every_write = False
 
     def __init__(self, request: OpenRequest, file: Node, flags: OpenFlags) -> None:
         super().__init__(name=request.name, filename=file.filename, read_only=flags.read_only)
@@ -93,20 +95,27 @@ class MappedNode(FormatNode):
         return self.map.lookup_all(offset, length)
 
     def in_place(self, offset: int, length: int) -> int:
-        if not self._writing or self.cipher is not None or self.report is not None:
+        if self.cipher is not None or self.report is not None or (self.marks_every_write and not self._writing):
             return -1
         return self.map.in_place(offset, length)
 
     def before_change(self) -> None:
         """First thing in every hook that changes something; lock held."""
-        self.map.backed = self.backing is not None or bool(self.backing_name)
+        self._know_backing()
         if not self._writing:
             self.guarded(self.start_writing)
             self._writing = True
 
+    def _know_backing(self) -> None:
+        # Also where the backing file is not open now: it would show through another time.
+        self.map.backed = self.backing is not None or bool(self.backing_name)
+
     def reserve(self, offset: int, length: int) -> list[Placement]:
-        self.before_change()
-        return self.map.reserve(offset, length)
+        self._know_backing()
+        placements = self.map.reserve(offset, length)
+        if not self._writing and (self.marks_every_write or any(placement.fresh for placement in placements)):
+            self.before_change()
+        return placements
 
     def publish(self, placements: Sequence[Placement]) -> None:
         self.guarded(lambda: self.map.publish(placements))

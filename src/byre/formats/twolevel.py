@@ -88,9 +88,7 @@ class TwoLevelMap:
 
     def load(self) -> None:
         """:raises ImageError: the L1 table does not lie within the file"""
-        self.l1 = decode_words(
-            read_exactly(self.file, self.l1_offset, 8 * self.l1_count, "L1 table"), self.shape.order
-        )
+        self.l1 = decode_words(read_exactly(self.file, self.l1_offset, 8 * self.l1_count, "L1 table"), self.shape.order)
 
     @property
     def dirty(self) -> bool:
