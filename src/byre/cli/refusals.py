@@ -46,9 +46,13 @@ FILENAME
 
 _OWN_VERBS: Final = """\
   amend [--object DEF] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILENAME
+  backup [-s MODE] [--bitmap NAME [--bitmap-mode MODE]] [-B BACKUP_BEFORE -F FMT] [-c] [-f FMT] [-O FMT] [-o OPTIONS] \
+[-n] [-r RATE] [--on-error POLICY] [-p] [-q] SOURCE TARGET
   formats [--json | --markdown]      the formats and protocols there are
   io ...                             requests by hand, as qemu-io
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
+  mirror [-s MODE] [-g GRANULARITY] [-f FMT] [-O FMT] [-o OPTIONS] [-n] [-r RATE] [--on-error POLICY] [-p] [-q] SOURCE \
+TARGET
 """
 
 _LATER: Final = "Not yet: serve, daemon"
