@@ -7,7 +7,7 @@ snapshot access (reads the earlier state). Moves no bytes itself: it says what t
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import AccessDenied, ByreError, InvalidArgument, IOFailure
@@ -16,7 +16,9 @@ from ..units import align_down, align_up
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Piece", "PointInTime"]
+    from ..graph.node import Node
+
+__all__ = ["KeepsSnapshot", "Piece", "PointInTime"]
 
 
 class Piece(NamedTuple):
@@ -198,3 +200,25 @@ class PointInTime:
                 self._changed.wait()
             self._todo.clear(first, last - first)  # a copy that failed meanwhile
         return first, last - first
+
+
+@runtime_checkable
+class KeepsSnapshot(Protocol):
+    """A filter that keeps an earlier state of the disk below it."""
+
+    @property
+    def state(self) -> PointInTime: ...
+    @property
+    def below(self) -> Node: ...
+    @property
+    def target(self) -> Node:
+        """Where the earlier state is of what has been copied; of the rest it is ``below``."""
+
+    def read_snapshot(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the earlier state from ``offset``.
+
+        :raises AccessDenied: part of it does not belong to the state, or was let go
+        """
+
+    def discard_snapshot(self, offset: int, length: int) -> None:
+        """Nobody wants the earlier state of the whole clusters in this range any more."""

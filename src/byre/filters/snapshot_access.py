@@ -13,7 +13,7 @@ from ..graph import chain
 from ..graph.node import PERM_ALL, PERM_READ, Node
 from ..io.extent import DATA, NO_HOST, UNALLOCATED, ZERO, Extent
 from ..options import OptionSet
-from .copy_before_write import CopyBeforeWriteNode
+from .point_in_time import KeepsSnapshot
 
 if TYPE_CHECKING:
     from ..graph.child import Child
@@ -31,7 +31,7 @@ def open_node(request: OpenRequest) -> SnapshotAccessNode:
     if spec is None:
         raise InvalidArgument("driver 'snapshot-access' needs a child 'file'")
     below = request.opener.open(spec, request.flags)
-    if not isinstance(below, CopyBeforeWriteNode):
+    if not isinstance(below, KeepsSnapshot):
         raise InvalidArgument(f"driver 'snapshot-access' stands on a copy-before-write filter, not on {below.driver!r}",
                               where=below.filename)  # fmt: skip
     node = SnapshotAccessNode(name=request.name, filename=below.filename, read_only=request.flags.read_only)
@@ -47,9 +47,9 @@ class SnapshotAccessNode(Node):
     kind = "format"
 
     @property
-    def below(self) -> CopyBeforeWriteNode:
+    def below(self) -> KeepsSnapshot:
         node = self.children["file"].node
-        assert isinstance(node, CopyBeforeWriteNode)
+        assert isinstance(node, KeepsSnapshot)
         return node
 
     @property
