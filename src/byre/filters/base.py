@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..io.extent import Extent
     from ..io.extentmap import ExtentMap
 
-__all__ = ["FilterNode", "RangeLock", "open_filtered"]
+__all__ = ["FilterNode", "NotifyingFilter", "RangeLock", "open_filtered"]
 
 
 class FilterNode(Node):
@@ -85,6 +85,33 @@ class FilterNode(Node):
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         return used, shared
+
+
+class NotifyingFilter(FilterNode):
+    """Tells :meth:`before_write` of every request that changes what the node reads as, before it is carried out."""
+
+    def before_write(self, offset: int, length: int) -> None:
+        """``[offset, offset + length)`` is about to change; on return it may. An error fails the request instead.
+
+        Called in the thread of the request, by several at once.
+        """
+        raise NotImplementedError
+
+    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        self.before_write(offset, len(buffer))
+        self.below.write_from(offset, buffer, flags)
+
+    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+        self.before_write(offset, sum(map(len, buffers)))
+        self.below.writev_from(offset, buffers, flags)
+
+    def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self.before_write(offset, length)
+        self.below.write_zeroes(offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.before_write(offset, length)
+        self.below.discard(offset, length)
 
 
 def open_filtered(request: OpenRequest, node: FilterNode, edge: str, below: Node) -> None:
