@@ -22,7 +22,7 @@ class Driver(NamedTuple):
     :ivar signatures: alternatives of ``(offset, bytes)`` pairs that must all match the first 2 KiB
     :ivar tails: the same in the last 512 bytes, for formats that may have nothing at the beginning
     :ivar abilities: letters, r read, w write, c create
-    :ivar clue: for a format without a signature: where the first 2 KiB hold this, ``matches(head)`` of the module decides
+    :ivar clue: of a format without a signature: ``matches(head)`` of its module is asked if the first 2 KiB hold this
     :ivar prefix: ``prefix:name`` selects this protocol
     :ivar more_prefixes: these do as well
     """
@@ -80,6 +80,11 @@ CATALOG: tuple[Driver, ...] = (
     Driver("vmdk", "format", "byre.formats.vmdk", "VMware disk (ESX sparse and space-efficient ones read-only)",
            (((0, b"KDMV"),), ((0, b"COWD"),), ((0, b"\xbe\xba\xfe\xca\0\0\0\0\1\0\0\0\2\0\0\0"),)), abilities="rwc",
            clue=b"version"),
+    Driver("qcow", "format", "byre.formats.qcow", "QEMU copy-on-write, version 1",
+           (((0, b"QFI\xfb\0\0\0\1"),),), abilities="rwc"),
+    Driver("vpc", "format", "byre.formats.vpc", "Virtual PC and Azure disk, VHD (differencing ones read-only)",
+           (((0, b"conectix"),),), abilities="rwc",
+           tails=(((0, b"conectix"), (12, b"\0\1\0\0"), (60, b"\0\0\0\2")),)),
     Driver("blkdebug", "filter", "byre.filters.faults", "fails chosen requests", abilities="rw", prefix="blkdebug"),
     Driver("blkverify", "filter", "byre.filters.verify", "compares two children on every read", abilities="rw",
            prefix="blkverify"),
@@ -128,7 +133,8 @@ def formats() -> list[Driver]:
 def probe(head: bytes, tail: bytes = b"") -> Driver:
     """The format of an image that begins with ``head`` (2 KiB, less if it is shorter); raw is the last resort.
 
-    The longest matching signature wins, and clues come after signatures. What the end says counts only where the beginning says nothing.
+    The longest matching signature wins; clues are followed where there is none. What the end says counts only where the
+    beginning says nothing.
 
     :param tail: the last 512 bytes; may be left out if :func:`probe` of ``head`` alone is not raw
     """

@@ -158,7 +158,7 @@ def describe(node: Node) -> dict[str, object]:
     if occupied >= 0:
         values["actual-size"] = occupied
     if node.kind == "format" and node.driver not in _WITHOUT_CLUSTERS:
-        values["cluster-size"] = getattr(node, "cluster_size", None) or None
+        values["cluster-size"] = getattr(node, "shown_cluster_size", getattr(node, "cluster_size", None)) or None
     if getattr(node, "cipher", None) is not None or getattr(node, "encrypted", False):
         values["encrypted"] = True
     values["format-specific"] = _format_specific(node)
@@ -170,7 +170,8 @@ def describe(node: Node) -> dict[str, object]:
 def _shown_name(node: Node) -> str:
     """The file name; or options in JSON with the id of the key, if one was given: the name alone opens nothing."""
     runtime = getattr(node, "runtime", None)
-    option = "encrypt.key-secret" if node.driver == "qcow2" else "key-secret"
+    nested = node.driver in ("qcow2", "qcow")
+    option = "encrypt.key-secret" if nested else "key-secret"
     if runtime is None or option not in runtime:
         return node.filename
     import json
@@ -178,7 +179,7 @@ def _shown_name(node: Node) -> str:
     edges = [edge for edge in node.children.values() if edge.name != "backing"]
     where = {edge.name: {"driver": edge.node.driver, "filename": edge.node.filename} for edge in edges}
     key, rest = {option: runtime.text(option)}, {"driver": node.driver, **where}
-    return f"json:{json.dumps({**key, **rest} if node.driver == 'qcow2' else {**rest, **key})}"
+    return f"json:{json.dumps({**key, **rest} if nested else {**rest, **key})}"
 
 
 def _add_backing(values: dict[str, object], node: Node) -> None:

@@ -78,6 +78,8 @@ class FormatNode(Node):
 
     kind = "format"
     layered = True
+    #: Whether images can say of which format their backing file is; what cannot be said is probed without a word.
+    records_backing_format = True
 
     def __init__(self, *, name: str = "", filename: str = "", read_only: bool = False) -> None:
         super().__init__(name=name, filename=filename, read_only=read_only)

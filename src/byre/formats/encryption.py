@@ -11,7 +11,7 @@ from ..crypto.secrets import find_secret, find_text_secret
 from ..errors import ImageError, InvalidArgument
 
 if TYPE_CHECKING:
-    from ..crypto.ciphers import CipherSpec
+    from ..crypto.ciphers import CipherSpec, SectorCipher
     from ..crypto.luks_slots import SlotChange
     from ..crypto.secrets import SecretProvider
     from ..graph.creating import CreateRequest
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..graph.opening import OpenRequest
     from ..options import OptionValues
 
-__all__ = ["NodeArea", "creation_secret", "given_secret", "make_volume", "slot_change", "spec_of",
+__all__ = ["NodeArea", "creation_secret", "given_secret", "legacy_cipher", "make_volume", "slot_change", "spec_of",
            "write_volume"]  # fmt: skip
 
 
@@ -61,6 +61,14 @@ def given_secret(request: OpenRequest, option: str) -> bytes:
     if name is None:
         raise missing_key(option)
     return find_secret(request.opener.secrets, name)
+
+
+def legacy_cipher(secret: bytes) -> SectorCipher:
+    """The old method of qcow and qcow2: the passphrase is the key, and any "opens" an image; sectors count as guests
+    see them."""
+    from ..crypto.ciphers import make_cipher
+
+    return make_cipher("aes-128", "cbc", secret[:16].ljust(16, b"\0"))
 
 
 def creation_secret(request: CreateRequest, option: str) -> bytes:

@@ -451,7 +451,7 @@ class Opener:
         self.policy.check(name, plain, "backing file", where)
         if "driver" in extra:
             format_name = str(extra.pop("driver"))
-        if not format_name and plain is not None:
+        if not format_name and plain is not None and getattr(node, "records_backing_format", True):
             self.graph.warnings.append(
                 f"{printable(where)}: the format of backing file {name!r} is not recorded; probing it"
             )

@@ -141,6 +141,7 @@ def check_base(top: Image, base: Node) -> None:
     above = layers[layers.index(base) - 1]
     recorded: str = getattr(above, "backing_format", "")
     named: str = getattr(above, "backing_name", "")
-    if named and not recorded and not hasattr(above, "backing_override"):
+    recordable: bool = getattr(above, "records_backing_format", True)
+    if named and not recorded and recordable and not hasattr(above, "backing_override"):
         raise AccessDenied("the format of this backing file is not recorded, so it is not written to",
                            where=base.filename, hint="record it: rebase -u -b FILENAME -F FORMAT")  # fmt: skip

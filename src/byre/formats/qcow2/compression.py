@@ -1,7 +1,7 @@
-"""Compressed clusters: raw deflate (ISA-L, zlib) and zstd (docs/interop/qcow2, "Compressed Clusters Descriptor").
+"""Compressed clusters: raw deflate and zstd (docs/interop/qcow2, "Compressed Clusters Descriptor").
 
 Whole clusters in, whole clusters out, no I/O and no lock; the libraries are loaded on first use and release the
-interpreter lock while they work. Deflate is written with a window of 2^12 bytes, the one all readers have.
+interpreter lock while they work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Final, cast
 
 from ...errors import Corrupt, InvalidArgument
+from ..deflate import DEFAULT_LEVEL, deflate, inflate
 from .layout import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 
 if TYPE_CHECKING:
@@ -18,16 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_LEVELS", "compressor", "decompress"]
 
-DEFAULT_LEVELS: Final = {COMPRESSION_ZLIB: 2, COMPRESSION_ZSTD: 2}
-"""Measured against the peer's defaults on mixed files. Deflate: ISA-L's level 2 takes a tenth of zlib's time for 3 to
-9 % more bytes, its level 3 half as much time again for 1 % less; zlib-ng's level 6 a third of the time for 1 to 4 %
-more. zstd: level 2 takes four fifths of level 3's time for 1 % more."""
+DEFAULT_LEVELS: Final = {COMPRESSION_ZLIB: DEFAULT_LEVEL, COMPRESSION_ZSTD: 2}
+"""zstd, measured against the default of the peer on mixed files: level 2 takes 4/5 of level 3's time for 1 % more."""
 
-WRITTEN_WINDOW_BITS: Final = 12
-READ_WINDOW_BITS: Final = 15
 ZSTD_WINDOW_BITS: Final = 23
 """Frames that ask for more than 8 MiB are refused; a cluster has at most 2 MiB."""
-_ISAL_LEVELS: Final = 3
 
 
 def _zstd() -> ModuleType:
@@ -54,30 +50,7 @@ def compressor(kind: int, level: int | None = None) -> Callable[[memoryview], by
         raise InvalidArgument(f"compression level {level}: allowed are 1 to {highest}")
     if kind == COMPRESSION_ZSTD:
         return _zstd_compressor(level)
-    return _isal_compressor(level) if level <= _ISAL_LEVELS else _zlib_compressor(level)
-
-
-def _isal_compressor(level: int) -> Callable[[memoryview], bytes | None]:
-    from isal import igzip_lib
-
-    compress, flag, memory = igzip_lib.compress, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_DEFAULT
-
-    def run(data: memoryview) -> bytes | None:
-        packed = compress(data, level, flag, memory, WRITTEN_WINDOW_BITS)
-        return packed if len(packed) < len(data) else None
-
-    return run
-
-
-def _zlib_compressor(level: int) -> Callable[[memoryview], bytes | None]:
-    from zlib_ng import zlib_ng
-
-    def run(data: memoryview) -> bytes | None:
-        stream = zlib_ng.compressobj(level, zlib_ng.DEFLATED, -WRITTEN_WINDOW_BITS, 9)
-        packed = stream.compress(data) + stream.flush()
-        return packed if len(packed) < len(data) else None
-
-    return run
+    return deflate(level)
 
 
 def _zstd_compressor(level: int) -> Callable[[memoryview], bytes | None]:
@@ -109,35 +82,7 @@ def decompress(kind: int, data: bytes | bytearray | memoryview, buffer: memoryvi
     if kind == COMPRESSION_ZSTD:
         _read_zstd(data, buffer)
     else:
-        _read_deflate(data, buffer)
-
-
-def _read_deflate(data: bytes | bytearray | memoryview, buffer: memoryview) -> None:
-    from isal import igzip_lib
-
-    wanted = len(buffer)
-    damaged = cast("type[Exception]", igzip_lib.IsalError)
-    stream = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_DEFLATE, READ_WINDOW_BITS)
-    try:
-        output = stream.decompress(data, wanted)
-    except damaged:
-        output = b""
-    if len(output) != wanted:
-        output = _read_deflate_again(data, wanted)
-    buffer[:] = output
-
-
-def _read_deflate_again(data: bytes | bytearray | memoryview, wanted: int) -> bytes:
-    """With zlib, whose word counts: it reads some unusual Huffman codes that ISA-L refuses."""
-    import zlib
-
-    try:
-        output = zlib.decompressobj(-READ_WINDOW_BITS).decompress(data, wanted)
-    except zlib.error as error:
-        raise Corrupt(f"a compressed cluster cannot be decoded: {error}") from None
-    if len(output) != wanted:
-        raise Corrupt(f"a compressed cluster holds only {len(output)} of {wanted} bytes")
-    return output
+        inflate(data, buffer)
 
 
 def _read_zstd(data: bytes | bytearray | memoryview, buffer: memoryview) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ...crypto import luks
 from ...crypto.locked import LockedCipher, missing_key
 from ...errors import ByreError, ImageError, InvalidArgument, NotSupported, ReadOnly
-from ..encryption import NodeArea, creation_secret, given_secret, make_volume, spec_of, write_volume
+from ..encryption import NodeArea, creation_secret, given_secret, legacy_cipher, make_volume, spec_of, write_volume
 from . import layout
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["change_key_slots", "check_secret", "describe", "planned_method", "planned_size", "unlock", "write_header"]
 
 _NAMES: Final = {layout.CRYPT_AES: "aes", layout.CRYPT_LUKS: "luks"}
-_AES_KEY_SIZE: Final = 16
 
 
 # -- opening --------------------------------------------------------------------------------------
@@ -72,9 +71,7 @@ def _area(node: Qcow2Node) -> NodeArea:
 
 def _cipher(node: Qcow2Node, secret: bytes, request: OpenRequest) -> SectorCipher:
     if node.volume is None:
-        from ...crypto.ciphers import make_cipher
-
-        return make_cipher("aes-128", "cbc", secret[:_AES_KEY_SIZE].ljust(_AES_KEY_SIZE, b"\0"))
+        return legacy_cipher(secret)
     assert node.area is not None
     key = node.volume.unlock(node.area, secret, limit=request.opener.policy.max_iterations)
     return node.volume.cipher(key, by_host=True)

@@ -65,6 +65,8 @@ class QedNode(MappedNode):
     """An open image. Guarded by ``lock``: the map, ``header``."""
 
     driver = "qed"
+    #: Of raw ones only that they are raw.
+    records_backing_format = False
     map: TwoLevelMap
 
     def __init__(self, request: OpenRequest, file: Node, header: Header, flags: OpenFlags) -> None:
