@@ -18,7 +18,7 @@ from ..options import Option, OptionSet, flatten, parse_json, parse_keyval
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ..crypto.secrets import SecretProvider
 
@@ -261,7 +261,7 @@ _SHORT_NAMES: Final = {
 }  # fmt: skip
 
 
-def distinguished_name(certificate: dict[str, object] | None) -> str:
+def distinguished_name(certificate: Mapping[str, object] | None) -> str:
     """The subject of a verified certificate (``getpeercert()``) as RFC 4514 writes it: most specific part first."""
     parts: Sequence[Sequence[tuple[str, str]]] = (certificate or {}).get("subject", ())  # type: ignore[assignment]
     return ",".join(
@@ -372,7 +372,7 @@ class TlsStream:
                 else:
                     self._incoming.write_eof()
 
-    def send_all(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+    def send_all(self, buffers: Iterable[bytes | bytearray | memoryview]) -> None:
         """Send ``buffers`` one behind the other, without anything of another thread in between."""
         with self._sending:
             for buffer in buffers:

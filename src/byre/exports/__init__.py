@@ -1,0 +1,1 @@
+"""Disks offered to the outside."""

@@ -1,0 +1,123 @@
+"""Metadata contexts: what block status answers about a range, for each context an export has.
+
+``base:allocation`` is the protocol's; ``qemu:allocation-depth`` and ``qemu:dirty-bitmap:NAME`` are described in the
+peer's documentation (docs/interop/nbd.txt).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ..graph import chain
+from ..io.extent import UNALLOCATED, ZERO
+from ..nbd import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..bitmaps.bitmap import Bitmap
+    from ..graph.node import Node
+    from ..image import Image
+
+__all__ = ["Context", "allocation", "allocation_depth", "dirty", "zero_run"]
+
+if TYPE_CHECKING:
+    Context = Callable[[Image, int, int, int], list[tuple[int, int]]]
+    """(image, offset, length, limit) -> (length, flags) of extents; see :meth:`byre.nbd.disk.Disk.status`."""
+
+_FEW: Final = 16
+"""So many extents are looked up one by one, as most clients ask for one; more in windows, which numpy makes cheaper."""
+
+
+def zero_run(node: Node, offset: int, length: int) -> tuple[bool, int]:
+    """(whether it reads as zeroes, length) of the first run in a range, as far as metadata of the whole chain says."""
+    kind, length, _ = _resolve(node, offset, length)
+    return kind in (ZERO, UNALLOCATED), length
+
+
+def _resolve(node: Node, offset: int, length: int) -> tuple[int, int, int]:
+    """(kind, length, depth) of the first extent of a range; UNALLOCATED if no layer holds it."""
+    depth = 0
+    while True:
+        node = chain.skip_filters(node)
+        inside = node.size - offset
+        if depth and inside <= 0:
+            return ZERO, length, depth
+        extent = node.block_status(offset, min(length, inside) if depth else length)
+        length = extent.length
+        backing = node.children.get("backing")
+        if extent.kind != UNALLOCATED or backing is None:
+            return extent.kind, length, depth
+        node = backing.node
+        depth += 1
+
+
+def _runs(
+    image: Image, offset: int, length: int, limit: int, flags_of: Callable[[int, int], int]
+) -> list[tuple[int, int]]:
+    """Extents with the flags that ``flags_of(kind, depth)`` gives; alike neighbours are one."""
+    runs: list[tuple[int, int]] = []
+    end = offset + length
+    for _ in range(_FEW):
+        if offset >= end:
+            return runs
+        node = image.begin_batch()
+        try:
+            kind, step, depth = _resolve(node, offset, end - offset)
+        finally:
+            image.end_batch(0, 0, 0, 0, 0)
+        if not _join(runs, step, flags_of(kind, depth), limit):
+            return runs
+        offset += step
+    for start, size in chain.windows(offset, end, chain.window_size(image.node)):
+        found = image.extents(start, size)
+        for step, kind, depth in zip(found.length.tolist(), found.kind.tolist(), found.depth.tolist(), strict=True):
+            if not _join(runs, step, flags_of(kind, depth), limit):
+                return runs
+    return runs
+
+
+def _join(runs: list[tuple[int, int]], length: int, flags: int, limit: int) -> bool:
+    """Add an extent; False if it would be one too many."""
+    if runs and runs[-1][1] == flags:
+        runs[-1] = runs[-1][0] + length, flags
+    elif len(runs) >= limit:
+        return False
+    else:
+        runs.append((length, flags))
+    return True
+
+
+def allocation(image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """``base:allocation``: holes that read as zeroes, or data."""
+    return _runs(
+        image,
+        offset,
+        length,
+        limit,
+        lambda kind, _: wire.STATE_HOLE | wire.STATE_ZERO if kind in (ZERO, UNALLOCATED) else 0,
+    )
+
+
+def allocation_depth(image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """``qemu:allocation-depth``: which layer holds a range: 1 for the active one, 0 for none."""
+    return _runs(image, offset, length, limit, lambda kind, depth: 0 if kind == UNALLOCATED else depth + 1)
+
+
+def dirty(bitmap: Bitmap) -> Context:
+    """``qemu:dirty-bitmap:NAME``."""
+
+    def status(_image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        runs: list[tuple[int, int]] = []
+        end = offset + length
+        while offset < end and len(runs) < limit:
+            found = bitmap.next_dirty(offset, end)
+            start = end if found is None else found[0]
+            if start > offset:
+                runs.append((start - offset, 0))
+            if found is not None and len(runs) < limit:
+                runs.append((min(start + found[1], end) - start, wire.STATE_DIRTY))
+            offset = end if found is None else start + found[1]
+        return runs
+
+    return status

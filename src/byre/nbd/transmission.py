@@ -1,0 +1,451 @@
+"""The transmission phase of one connection: requests in batches, answers in batches.
+
+The thread that receives takes as many requests as the socket holds, answers those whose bytes are in memory at once,
+gives the others to a few workers, and sends the answers of a batch together. A request that comes alone is carried
+out where it was received, for handing it over would cost more than it takes. Only headers are parsed; the bytes of a
+write are written from where they were received.
+
+Limits are those of docs/reliability.md: 16 requests and 64 MiB of buffers under way for each client, 32 MiB for one
+request, 30 s for a request that was begun.
+"""
+
+from __future__ import annotations
+
+from time import monotonic, perf_counter_ns
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import ByreError, ProtocolError
+from . import requests, wire
+from .memory import Arena
+from .reads import PIECE, SMALL_READ, ReadAnswers
+from .replies import replies_for
+from .wire import Request
+from .workers import Workers
+
+if TYPE_CHECKING:
+    from .disk import Disk
+    from .link import Buffer, Link
+    from .memory import Share
+    from .server_negotiation import Agreement
+
+__all__ = ["PAYLOAD_SECONDS", "Transmission"]
+
+PAYLOAD_SECONDS: Final = 30.0
+"""How long a request may be on its way."""
+
+IN_SIZE: Final = 288 << 10
+"""The input buffer: a write of 256 KiB, and some headers."""
+OUT_SIZE: Final = 512 << 10
+SPARE_SIZE: Final = 4 << 20
+"""The largest payload whose buffer is kept for the next one."""
+MAX_EXTENTS: Final = 1 << 17
+"""In one answer to block status; about a MiB."""
+
+_DONE, _OTHER, _AGAIN = range(3)
+"""What to do with the requests that are left of a batch: wait for the rest, look closely at the next, go on."""
+
+
+class _Task(NamedTuple):
+    """One request that is not answered yet, and what came with it.
+
+    :ivar held: bytes of the client's share that the payload occupies
+    """
+
+    request: Request
+    payload: memoryview | None = None
+    held: int = 0
+
+
+class Transmission:
+    """One client's transmission phase, from the agreement to the end.
+
+    The receiving thread owns everything but the link, the disk, the share and the workers, which are for all threads.
+
+    :param share: of the memory that clients may occupy
+    """
+
+    def __init__(self, link: Link, disk: Disk, agreement: Agreement, share: Share, *, name: str = "nbd") -> None:
+        self._link = link
+        self._disk = disk
+        self._share = share
+        self._contexts = agreement.contexts
+        self._size = agreement.offer.size
+        self._replies = replies_for(agreement.structured, agreement.extended)
+        self._workers: Workers[_Task] = Workers(self._carry_out_apart, name)
+        self._reads = ReadAnswers(link, disk, self._replies, share)
+        self._input = Arena(IN_SIZE)
+        self._output = Arena(OUT_SIZE)
+        self._spare: Arena | None = None
+        self._rest = agreement.rest
+        self._leaving = False
+        self._idle = False
+        #: Bytes that the request at the front of the input needs; 0 if that is not known yet.
+        self._needed = 0
+        self.stopping = False
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the client leaves; what it asked for before is answered.
+
+        :raises ProtocolError: the client broke the protocol, or was too slow
+        :raises OSError: the connection broke
+        """
+        try:
+            self._serve()
+        finally:
+            if not self.stopping:
+                self._workers.wait(3600)
+
+    def stop(self) -> list[int]:
+        """Begin no more requests; another thread calls this. Those that nobody has begun are answered in its stead."""
+        self.stopping = True
+        for task in self._workers.drop():
+            self._share.give_back(task.held)
+        return []
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the requests under way; False if that takes longer than ``timeout`` seconds."""
+        return self._workers.wait(timeout)
+
+    def _serve(self) -> None:
+        view = self._input.view
+        recv_into = self._link.recv_into
+        start, end = 0, len(self._rest)
+        if end > len(view):
+            raise ProtocolError("too much was sent ahead")
+        view[:end] = self._rest
+        self._rest = b""
+        while True:
+            if end > start:
+                start = self._take(start, end)
+            if self._leaving or self.stopping:
+                return
+            if start < end:
+                end = self._receive_rest(start, end)
+                start = 0
+                if end < 0:
+                    return
+                continue
+            start = 0
+            try:
+                end = recv_into(view)
+            except BlockingIOError:
+                end = 0
+                self._shrink()
+                continue
+            self._idle = False
+            if end == 0:
+                return
+
+    def _receive_rest(self, start: int, end: int) -> int:
+        """Receive more of the request that begins at ``start``, and move it to the front; where the input ends then.
+
+        -1 if the client left in the middle.
+        """
+        view = self._input.view
+        have = end - start
+        head = self._replies.request.size
+        if self._needed > len(view):
+            if not self._receive_long(start, end):
+                return -1
+            return 0
+        if start:
+            view[:have] = bytes(view[start:end])
+        target = self._needed or head
+        return target if self._fill(view[have:target]) else -1
+
+    def _fill(self, view: memoryview) -> bool:
+        """Receive all of ``view``; False if the client left.
+
+        :raises ProtocolError: it took too long
+        """
+        recv_into = self._link.recv_into
+        deadline = monotonic() + PAYLOAD_SECONDS
+        while view:
+            try:
+                count = recv_into(view)
+            except BlockingIOError:
+                count = -1
+            if count == 0 or self.stopping:
+                return False
+            if count > 0:
+                view = view[count:]
+            if view and monotonic() > deadline:
+                raise ProtocolError(f"a request was not complete after {PAYLOAD_SECONDS:.0f} seconds")
+        return True
+
+    def _receive_long(self, start: int, end: int) -> bool:
+        """Receive a request whose payload does not fit into the input, and carry it out; False if the client left."""
+        head = self._replies.request.size
+        request = wire.decode_request(self._input.view[start : start + head], self._replies.extended)
+        length = request.length
+        have = end - start - head
+        self._share.take(length)
+        try:
+            payload = self._payload_buffer(length)[:length]
+            payload[:have] = self._input.view[start + head : end]
+            if not self._fill(payload[have:]):
+                return False
+            if self._dispatch(request, payload, alone=True, held=length):
+                self._spare = None
+                length = 0
+        finally:
+            self._share.give_back(length)
+        return True
+
+    def _payload_buffer(self, length: int) -> memoryview:
+        """Memory for one payload: kept for the next one unless it is very long. For the receiving thread."""
+        if length > SPARE_SIZE:
+            return Arena(length).view
+        if self._spare is None or len(self._spare) < length:
+            size = PIECE
+            while size < length:
+                size *= 2
+            self._spare = Arena(size)
+        return self._spare.view
+
+    def _shrink(self) -> None:
+        """Nothing came for a while: give memory back."""
+        if not self._idle:
+            self._idle = True
+            self._spare = None
+            self._input.shrink()
+            self._output.shrink()
+
+    # -- a batch ----------------------------------------------------------------------------------
+
+    def _take(self, at: int, end: int) -> int:
+        """Answer the whole requests in ``[at, end)`` of the input; where the first one that is not whole begins."""
+        self._needed = 0
+        while not (self._leaving or self.stopping):
+            at, state = self._take_quick(at, end)
+            if state == _DONE:
+                break
+            if state == _OTHER:
+                before, at = at, self._take_other(at, end)
+                if at == before:
+                    break
+        return at
+
+    def _take_quick(self, at: int, end: int) -> tuple[int, int]:
+        """Answer requests as long as that takes no waiting; where the next one begins, and what to do with it."""
+        replies, disk = self._replies, self._disk
+        source, out = self._input.view, self._output.view
+        unpack, magic, head = replies.request.unpack_from, replies.request_magic, replies.request.size
+        put_data_head, data_head = replies.put_data_head, replies.data_head
+        put_done, done_size = replies.put_done, replies.done_size
+        filled = reads = bytes_read = writes = bytes_written = 0
+        state = _DONE
+        failed: tuple[Request, ByreError] | None = None
+        started = perf_counter_ns()
+        size, read_cached, write = disk.begin()
+        if self._size < size:
+            size = self._size
+        try:
+            while end - at >= head:
+                found, flags, command, cookie, offset, length = unpack(source, at)
+                if command == 0 and not flags and found == magic and length <= SMALL_READ and offset + length <= size:
+                    start = filled + data_head
+                    stop = start + length
+                    if stop > OUT_SIZE:
+                        state = _AGAIN
+                        break
+                    if read_cached(offset, out[start:stop]):
+                        put_data_head(out, filled, cookie, offset, length)
+                        filled = stop
+                        reads += 1
+                        bytes_read += length
+                        at += head
+                        continue
+                elif (
+                    command == 1
+                    and not flags & ~wire.CMD_FLAG_PAYLOAD_LEN
+                    and write is not None
+                    and found == magic
+                    and offset + length <= size
+                    and end - at - head >= length
+                ):
+                    if filled + done_size > OUT_SIZE:
+                        state = _AGAIN
+                        break
+                    try:
+                        write(offset, source[at + head : at + head + length])
+                    except Exception as error:
+                        failed = Request(command, flags, cookie, offset, length), requests.as_failure(error)
+                        at += head + length
+                        state = _AGAIN
+                        break
+                    put_done(out, filled, cookie, offset)
+                    filled += done_size
+                    writes += 1
+                    bytes_written += length
+                    at += head + length
+                    continue
+                state = _OTHER
+                break
+        finally:
+            disk.end(reads, bytes_read, writes, bytes_written, started)
+        if filled:
+            self._link.send((out[:filled],))
+        if failed is not None:
+            self._fail(*failed)
+        return at, state
+
+    def _take_other(self, at: int, end: int) -> int:
+        """The request at ``at``, of whatever kind; where the next begins, ``at`` if it is not whole."""
+        replies = self._replies
+        head = replies.request.size
+        if end - at < head:
+            return at
+        request = wire.decode_request(self._input.view[at : at + head], replies.extended)
+        payload_length = requests.payload_length(request, replies.extended)
+        if request.length > wire.MAX_PAYLOAD and (payload_length or request.command == wire.CMD_READ):
+            self._fail(
+                request, ByreError(f"a request of {request.length} bytes, allowed are {wire.MAX_PAYLOAD}", errno=22)
+            )
+            raise ProtocolError(f"a request of {request.length} bytes")
+        if end - at - head < payload_length:
+            self._needed = head + payload_length
+            return at
+        self._needed = 0
+        payload = self._input.view[at + head : at + head + payload_length] if payload_length else None
+        at += head + payload_length
+        self._dispatch(request, payload, alone=at == end)
+        return at
+
+    def _dispatch(self, request: Request, payload: memoryview | None, *, alone: bool, held: int = 0) -> bool:
+        """Check a request and carry it out, here or elsewhere.
+
+        :param payload: the caller's again when this returns, unless it is kept
+        :param alone: nothing else was received with it
+        :param held: bytes of the client's share that the payload occupies, if it may be kept
+        :returns: whether the payload is kept, with its part of the share
+        """
+        if request.command == wire.CMD_DISC:
+            self._leaving = True
+            return False
+        replies = self._replies
+        try:
+            requests.check(request, size=self._size, writable=self._disk.writable, structured=replies.structured,
+                           extended=replies.extended, contexts=len(self._contexts))  # fmt: skip
+        except ByreError as error:
+            self._fail(request, error)
+            return False
+        if self._is_here(request, alone):
+            self._carry_out(_Task(request, payload), self._output.view)
+            return False
+        if held:
+            self._workers.submit(_Task(request, payload, held))
+            return True
+        held = len(payload) if payload is not None else 0
+        if held:
+            self._share.take(held)
+            payload = memoryview(bytes(payload or b""))
+        self._workers.submit(_Task(request, payload, held))
+        return False
+
+    def _is_here(self, request: Request, alone: bool) -> bool:
+        """Whether the receiving thread carries a request out itself."""
+        command, flags = request.command, request.flags
+        if command == wire.CMD_FLUSH or flags & wire.CMD_FLAG_FUA:
+            return False  # waits for the disk, and others need not wait for that
+        if command == wire.CMD_WRITE:
+            batch = self._disk.begin()
+            self._disk.end(0, 0, 0, 0, 0)
+            if batch.write is not None:
+                return True
+        if command == wire.CMD_READ and self._seems_cached(request):
+            return True
+        return alone and not self._workers.pending
+
+    def _seems_cached(self, request: Request) -> bool:
+        """Whether the ends of a long read are in memory: a guess, which costs two small reads."""
+        if request.length <= SMALL_READ:
+            return False
+        probe = self._output.view[:1]
+        batch = self._disk.begin()
+        try:
+            return all(batch.read_cached(at, probe) for at in (request.offset, request.offset + request.length - 1))
+        finally:
+            self._disk.end(0, 0, 0, 0, 0)
+
+    # -- one request ------------------------------------------------------------------------------
+
+    def _carry_out_apart(self, task: _Task) -> None:
+        """In a worker's thread."""
+        try:
+            if not self.stopping:
+                self._carry_out(task, None)
+        except OSError:
+            pass  # the connection is gone; the receiving thread finds out as well
+        finally:
+            if task.held:
+                self._share.give_back(task.held)
+
+    def _carry_out(self, task: _Task, scratch: memoryview | None) -> None:
+        """Carry out a request and send its answer.
+
+        :param scratch: memory to read into, at least ``PIECE`` bytes
+        :raises OSError: the connection broke
+        """
+        request = task.request
+        try:
+            if request.command == wire.CMD_READ:
+                self._reads.answer(request, scratch)
+                return
+            if request.command == wire.CMD_BLOCK_STATUS:
+                answer: list[Buffer] = self._block_status(request, task.payload)
+            else:
+                self._change(request, task.payload, scratch)
+                answer = [self._replies.done(request.cookie, request.offset)]
+        except OSError:
+            raise
+        except Exception as error:
+            self._fail(request, requests.as_failure(error))
+            return
+        self._link.send(answer)
+
+    def _change(self, request: Request, payload: memoryview | None, scratch: memoryview | None) -> None:
+        """Requests that have no answer but success."""
+        command, _flags, _cookie, offset, length = (
+            request.command,
+            request.flags,
+            request.cookie,
+            request.offset,
+            request.length,
+        )
+        fua = bool(request.flags & wire.CMD_FLAG_FUA)
+        disk = self._disk
+        if command == wire.CMD_WRITE:
+            disk.write(offset, payload if payload is not None else memoryview(b""), fua)
+        elif command == wire.CMD_FLUSH:
+            disk.flush()
+        elif command == wire.CMD_TRIM:
+            disk.trim(offset, length, fua)
+        elif command == wire.CMD_WRITE_ZEROES:
+            disk.write_zeroes(offset, length, may_unmap=not request.flags & wire.CMD_FLAG_NO_HOLE, fua=fua,
+                              fast=bool(request.flags & wire.CMD_FLAG_FAST_ZERO))  # fmt: skip
+        elif command == wire.CMD_CACHE:
+            scratch = Arena(PIECE).view if scratch is None else scratch
+            for at in range(offset, offset + length, PIECE):
+                if self.stopping:
+                    break
+                disk.read_into(at, scratch[: min(PIECE, offset + length - at)])
+
+    def _fail(self, request: Request, error: ByreError) -> None:
+        number = wire.to_wire_error(error.errno)
+        self._link.send((self._replies.error(request.cookie, request.offset, number, error.message),))
+
+    def _block_status(self, request: Request, payload: memoryview | None) -> list[Buffer]:
+        length, contexts = request.length, self._contexts
+        if request.flags & wire.CMD_FLAG_PAYLOAD_LEN:
+            length, contexts = requests.chosen_contexts(bytes(payload or b""), contexts)
+            requests.check_range(request.command, request.offset, length, self._size)
+        limit = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else MAX_EXTENTS
+        answer: list[Buffer] = []
+        for number, (identifier, name) in enumerate(contexts, 1):
+            extents = self._disk.status(name, request.offset, length, limit)
+            answer.append(self._replies.block_status(request.cookie, request.offset, identifier, extents,
+                                                     last=number == len(contexts)))  # fmt: skip
+        return answer
