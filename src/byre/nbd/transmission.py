@@ -15,7 +15,7 @@ from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, ProtocolError
-from . import requests, wire
+from . import checks, wire
 from .memory import Arena
 from .reads import PIECE, SMALL_READ, ReadAnswers
 from .replies import replies_for
@@ -272,7 +272,7 @@ class Transmission:
                     try:
                         write(offset, source[at + head : at + head + length])
                     except Exception as error:
-                        failed = Request(command, flags, cookie, offset, length), requests.as_failure(error)
+                        failed = Request(command, flags, cookie, offset, length), checks.as_failure(error)
                         at += head + length
                         state = _AGAIN
                         break
@@ -299,7 +299,7 @@ class Transmission:
         if end - at < head:
             return at
         request = wire.decode_request(self._input.view[at : at + head], replies.extended)
-        payload_length = requests.payload_length(request, replies.extended)
+        payload_length = checks.payload_length(request, replies.extended)
         if request.length > wire.MAX_PAYLOAD and (payload_length or request.command == wire.CMD_READ):
             self._fail(
                 request, ByreError(f"a request of {request.length} bytes, allowed are {wire.MAX_PAYLOAD}", errno=22)
@@ -327,7 +327,7 @@ class Transmission:
             return False
         replies = self._replies
         try:
-            requests.check(request, size=self._size, writable=self._disk.writable, structured=replies.structured,
+            checks.check(request, size=self._size, writable=self._disk.writable, structured=replies.structured,
                            extended=replies.extended, contexts=len(self._contexts))  # fmt: skip
         except ByreError as error:
             self._fail(request, error)
@@ -402,7 +402,7 @@ class Transmission:
         except OSError:
             raise
         except Exception as error:
-            self._fail(request, requests.as_failure(error))
+            self._fail(request, checks.as_failure(error))
             return
         self._link.send(answer)
 
@@ -440,8 +440,8 @@ class Transmission:
     def _block_status(self, request: Request, payload: memoryview | None) -> list[Buffer]:
         length, contexts = request.length, self._contexts
         if request.flags & wire.CMD_FLAG_PAYLOAD_LEN:
-            length, contexts = requests.chosen_contexts(bytes(payload or b""), contexts)
-            requests.check_range(request.command, request.offset, length, self._size)
+            length, contexts = checks.chosen_contexts(bytes(payload or b""), contexts)
+            checks.check_range(request.command, request.offset, length, self._size)
         limit = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else MAX_EXTENTS
         answer: list[Buffer] = []
         for number, (identifier, name) in enumerate(contexts, 1):
