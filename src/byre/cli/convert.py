@@ -193,7 +193,7 @@ class _Conversion:
             self._copy(over_backing)
             return
         self._check_new()
-        made = MadeFiles(self.output, self.options)
+        made = MadeFiles(self.output, self.options, self._companions())
         try:
             self._create()
             made.begun = True
@@ -230,12 +230,20 @@ class _Conversion:
     def _check_new(self) -> None:
         """Refuse before anything is written."""
         if self.settings.compress:
-            if not any(name.startswith("compress") for name in (o.name for o in declared_options(self.format).options)):
+            declared = declared_options(self.format)
+            if not (any(option.name.startswith("compress") for option in declared.options)
+                    or getattr(driver(self.format).load(), "CAN_COMPRESS", False)):  # fmt: skip
                 raise NotSupported("compression not supported for this file format", where=self.output)
             if self.options.get("encryption") == "on" or "encrypt.format" in self.options:
                 raise NotSupported("compression and encryption not supported at the same time")
             if self.options.get("preallocation", "off") != "off":
                 raise NotSupported("compression and preallocation not supported at the same time")
+
+    def _companions(self) -> list[str]:
+        """Files that the target consists of, besides the one the user names."""
+        from ..graph.creating import companions
+
+        return companions(self.format, self.output, {**self.options, "size": self.size})
 
     def _create(self) -> None:
         from ..graph.creating import create
@@ -253,7 +261,8 @@ class _Conversion:
         from ..graph.opening import parse_filename
 
         images = {self.output, str(parse_filename(self.output).get("filename", ""))}
-        names = [self.options[key] for key in ("backing_file", "data_file") if self.options.get(key)]
+        names = [self.options["backing_file"]] if self.options.get("backing_file") else []
+        names += self._companions()
         return common.policy(self.given)._replace(named=tuple((image, name) for image in images for name in names))
 
     def _open_target(self) -> Image:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..crypto.secrets import SecretProvider
 
-__all__ = ["CreateRequest", "create"]
+__all__ = ["CreateRequest", "companions", "create"]
 
 
 class CreateRequest:
@@ -99,6 +99,20 @@ def create(
         prepare(values)  # refuse before anything is written
     _create_over_protocol(filename, module.create, values, secrets)
     return values
+
+
+def companions(format: str, filename: str, options: Mapping[str, object]) -> list[str]:
+    """Names of the files that creating ``filename`` makes beside it, as the image has them.
+
+    :param options: "size" among them
+    :raises InvalidArgument: an option that :func:`create` would refuse as well
+    """
+    data_file = options.get("data_file")
+    names = [data_file] if isinstance(data_file, str) and data_file else []
+    module = driver(format).load()
+    if hasattr(module, "created_files"):
+        names += module.created_files(filename, module.CREATE_OPTIONS.parse(options, what=f"format {format!r}"))
+    return names
 
 
 def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Policy) -> None:

@@ -21,10 +21,11 @@ from ..units import KIB, MIB, SECTOR, align_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ..graph.node import Node
     from ..image import Image
     from .job import Control
 
-__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Fetched", "Segment", "SourceDisk"]
+__all__ = ["COPY", "ZERO", "BlockCopy", "CopySettings", "Fetched", "Segment", "SourceDisk", "fitted"]
 
 COPY: Final = 0
 ZERO: Final = 1
@@ -76,6 +77,13 @@ class CopySettings(NamedTuple):
     whole_total: bool = True
     unmap: bool = False
     chunk: int = 0
+
+
+def fitted(settings: CopySettings, target: Node) -> CopySettings:
+    """``settings`` as ``target`` needs them: some disks take nothing but compressed clusters, each once, in order."""
+    if getattr(target, "needs_compressed_writes", False):
+        return settings._replace(compress=True, in_order=True)
+    return settings
 
 
 class SourceDisk:
@@ -174,7 +182,7 @@ class BlockCopy:
     def __init__(self, source: SourceDisk, target: Image, settings: CopySettings) -> None:
         self.source = source
         self.target = target
-        self.settings = settings
+        self.settings = settings = fitted(settings, target.node)
         self._offload = _Offload(source, target) if settings.offload else None
         node = target.node
         self._cluster = getattr(node, "cluster_size", 0)

@@ -16,7 +16,7 @@ from ..graph import chain
 from ..graph.opening import has_protocol, resolve_backing
 from ..io.extent import COMPRESSED, DATA, UNALLOCATED
 from ..io.extent import ZERO as KIND_ZERO
-from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk
+from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk, fitted
 from .holes import split_at_holes
 from .job import Job
 from .stride import Stride
@@ -88,6 +88,7 @@ class ConvertJob(Job):
         if over_backing and target_is_new:
             below = chain.layers(target.node)[1:2]
             backing_size = below[0].size if below else -1
+        settings = fitted(settings, target.node)
         self.settings = settings._replace(zero_init=zero_init, whole_total=not measure)
         self.layout = Layout(over_backing, backing_size, not settings.sparse,
                              getattr(target.node, "cluster_size", 0) if settings.compress else 0)  # fmt: skip
@@ -252,14 +253,14 @@ def check_not_source(sources: Iterable[Image], target: str) -> None:
 class MadeFiles:
     """The files that a creation makes: those which were not there before.
 
+    :param beside: names of files that are made beside ``target``
     :ivar begun: the creation itself succeeded, so that what was there before is gone
     """
 
-    def __init__(self, target: str, options: Mapping[str, object]) -> None:
-        names = [target]
+    def __init__(self, target: str, options: Mapping[str, object], beside: Sequence[str] = ()) -> None:
         data_file = options.get("data_file")
-        if isinstance(data_file, str) and data_file:
-            names.append(resolve_backing(target, data_file))
+        named = (*beside, data_file) if isinstance(data_file, str) and data_file else beside
+        names = [target, *(resolve_backing(target, name) for name in dict.fromkeys(named))]
         paths = [name.removeprefix("file:") for name in names]
         self._new = [path for path in paths if not has_protocol(path) and not os.path.lexists(path)]
         self._old = [path for path in paths if path not in self._new]
