@@ -112,6 +112,7 @@ def _measure(target: str, values: OptionValues, source: Image | None) -> _Sizes:
     if not hasattr(module, "measure"):
         raise NotSupported(f"images of format {target!r} cannot be measured")
     data = 0
+    values.given["size"] = size
     if source is None:
         values.given.pop("backing_file", None)
     elif "backing_file" not in values and (unit := _unit(module, target, values)):

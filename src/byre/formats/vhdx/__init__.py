@@ -20,7 +20,7 @@ __all__ = [
     "CREATE_OPTIONS",
     "CREATE_PRINT_ORDER",
     "OPTIONS",
-    "allocation_unit",
+    "measure_unit",
     "check_create",
     "create",
     "measure",
@@ -72,11 +72,11 @@ def create(request: CreateRequest) -> None:
     create_vhdx(request)
 
 
-def allocation_unit(options: OptionValues, virtual_size: int) -> int:
-    """In which steps the file of an image grows, bytes."""
+def measure_unit(options: OptionValues) -> int:
+    """In which pieces an image holds data, bytes; ``size`` is among the options."""
     from .creation import block_size_of
 
-    return block_size_of(options, virtual_size)
+    return block_size_of(options, options.number("size"))
 
 
 def measure(options: OptionValues, virtual_size: int, data_bytes: int | None = None) -> tuple[int, int]:

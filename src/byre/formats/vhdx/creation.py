@@ -80,12 +80,13 @@ def block_size_of(options: OptionValues, size: int) -> int:
     return block_size
 
 
-def plan_of(options: OptionValues) -> Plan:
+def plan_of(options: OptionValues, size: int | None = None) -> Plan:
     """What to make of ``options``.
 
+    :param size: bytes, if not what they say
     :raises InvalidArgument: they are outside the limits of the format
     """
-    size = options.number("size")
+    size = options.number("size") if size is None else size
     if size > layout.MAX_VIRTUAL_SIZE:
         raise InvalidArgument(f"a size of {size} bytes is too large, allowed are {layout.MAX_VIRTUAL_SIZE} (64 TiB)")
     log_size = align_up(options.number("log_size"), MIB)
@@ -98,8 +99,7 @@ def plan_of(options: OptionValues) -> Plan:
 
 def file_sizes(options: OptionValues, virtual_size: int, data_bytes: int) -> tuple[int, int]:
     """(required, fully allocated) file size in bytes; ``data_bytes`` are those of the blocks that hold data."""
-    given = {**options.given, "size": virtual_size}
-    plan = plan_of(type(options)(options._declared, given))
+    plan = plan_of(options, virtual_size)
     full = plan.data_offset + plan.blocks * plan.block_size
     return full if plan.fixed else plan.data_offset + data_bytes, full
 
