@@ -184,7 +184,7 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
     """What the extents look like from outside."""
     import numpy as np
 
-    from ..io.extent import COMPRESSED, DATA, UNALLOCATED, ZERO
+    from ..io.extent import COMPRESSED, DATA, NOT_COUNTED, UNALLOCATED, ZERO
 
     sizes = np.array([layer.size for layer in layers], np.int64)
     if len(layers) > 1:
@@ -195,7 +195,8 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
         if of_file.any():
             extents, in_holes = _cut(extents, in_holes, of_file, found)
     depth = extents.depth.astype(np.int64)
-    present = extents.kind != UNALLOCATED
+    uncounted = (extents.kind == DATA) & (extents.source == NOT_COUNTED)
+    present = (extents.kind != UNALLOCATED) & ~uncounted
     # What no layer holds belongs to the base.
     depth = np.where(present, depth, len(layers) - 1)
     # Behind the end of a layer, it is the one above it that reads as zeroes.
@@ -203,12 +204,12 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
         behind = (depth == level) & (extents.offset >= sizes[level])
         depth = np.where(behind, level - 1, depth)
         present &= ~behind
-    zero = (extents.kind == ZERO) | ~present
+    zero = (extents.kind == ZERO) | ~(present | uncounted)
     placed = present & (extents.host >= 0) & (extents.kind != COMPRESSED)
     for level, layer in enumerate(layers):
         if getattr(layer, "encrypted", False):
             placed &= depth != level  # what lies there is of no use to anybody else
-    kind = np.where(zero, _ZERO, _DATA).astype(np.int64)
+    kind = np.where(zero, _ZERO, np.where(uncounted, 0, _DATA)).astype(np.int64)
     kind |= np.where(in_holes, _ZERO, 0)
     kind |= np.where(extents.kind == COMPRESSED, _COMPRESSED, 0)
     kind |= np.where(present, _PRESENT, 0) | np.where(placed, _HAS_OFFSET, 0)

@@ -204,13 +204,13 @@ def _parse_legacy(name: str) -> Target:
 # -- names to show --------------------------------------------------------------------------------
 
 
-def show(address: Address, export: str, *, named: bool = True, tls: bool = False) -> str:
+def show(address: Address, export: str, *, named: bool = False, tls: bool = False) -> str:
     """The URI of an export; :func:`parse` of it gives the same export. "" where an address has none ("fd").
 
-    :param named: whether an export was named at all; the empty name is left out otherwise
+    :param named: an export was named, if only by its empty name, which is left out otherwise
     """
     scheme = "nbds" if tls else "nbd"
-    path = f"/{_quote(export)}" if named and export else ""
+    path = f"/{_quote(export)}" if named or export else ""
     if address.kind == "unix":
         return f"{scheme}+unix://{path}?socket={_quote(address.path)}"
     if address.kind == "inet":

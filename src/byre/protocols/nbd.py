@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "NbdNode", "open_node", "parse_name"]
 
-PIECE: Final = 1 * MIB
-"""Longer reads and writes go as several requests of this size, so that the server works while bytes travel."""
+READ_PIECE: Final = 1 * MIB
+"""Longer reads go as several requests of this size, so that the server reads on while bytes travel."""
+_ZERO_STEP: Final = 1 * MIB
 
 _ROW_LIMIT: Final = 1 << 20
 """Rows of one extent map; what a server cuts into more pieces than this is reported as data."""
@@ -65,9 +66,10 @@ class NbdNode(Node):
         unit = info.minimum or (1 if info.size % SECTOR or self._context is not None else SECTOR)
         most = min(info.maximum or wire.MAX_PAYLOAD, wire.MAX_PAYLOAD)
         self._unit = unit
-        self._piece = max(align_down(min(most, PIECE), unit), unit)
+        self._read_piece = max(align_down(min(most, READ_PIECE), unit), unit)
+        self._write_piece = max(align_down(most, unit), unit)
         # The compact header has 32 bits for a length; a server with extended ones takes any.
-        self._most_zeroes = 1 << 40 if info.extended else max(align_down(most, unit), unit)
+        self._most_zeroes = 1 << 40 if info.extended else self._write_piece
         self._most_discard = 1 << 40 if info.extended else align_down((1 << 31) - 1, unit)
         self._most_status = 1 << 40 if info.extended else align_down(_STATUS_STEP, unit)
         self.limits = Limits(request_alignment=unit, max_transfer=align_down(most, unit))
@@ -120,14 +122,14 @@ class NbdNode(Node):
 
     def _read(self, offset: int, buffer: memoryview) -> None:
         length = len(buffer)
-        if length > self._piece:
+        if length > self._read_piece:
             self.client.run(self._reads(offset, buffer))
         elif length:
             self.client.run_one(Request(wire.CMD_READ, offset, length, buffer=buffer))
 
     def _reads(self, offset: int, buffer: memoryview) -> Iterator[Request]:
-        for start in range(0, len(buffer), self._piece):
-            part = buffer[start : start + self._piece]
+        for start in range(0, len(buffer), self._read_piece):
+            part = buffer[start : start + self._read_piece]
             yield Request(wire.CMD_READ, offset + start, len(part), buffer=part)
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
@@ -161,7 +163,7 @@ class NbdNode(Node):
     def _write(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
         length = sum(map(len, buffers))
         command_flags = self._fua if flags & FUA else 0
-        if length > self._piece:
+        if length > self._write_piece:
             self.client.run(self._writes(offset, buffers, command_flags))
         elif length:
             request = Request(wire.CMD_WRITE, offset, length, command_flags, payload=buffers)
@@ -175,11 +177,11 @@ class NbdNode(Node):
         size = 0
         for buffer in buffers:
             while buffer:
-                part = buffer[: self._piece - size]
+                part = buffer[: self._write_piece - size]
                 buffer = buffer[len(part) :]
                 held.append(part)
                 size += len(part)
-                if size == self._piece:
+                if size == self._write_piece:
                     yield Request(wire.CMD_WRITE, offset, size, flags, payload=held)
                     offset += size
                     held, size = [], 0
@@ -227,8 +229,8 @@ class NbdNode(Node):
             yield Request(wire.CMD_WRITE_ZEROES, at, min(self._most_zeroes, end - at), command_flags)
 
     def _fill_zeroes(self, offset: int, length: int, flags: int) -> None:
-        for at in range(offset, offset + length, PIECE):
-            part = (zero_view(min(PIECE, offset + length - at)),)
+        for at in range(offset, offset + length, _ZERO_STEP):
+            part = (zero_view(min(_ZERO_STEP, offset + length - at)),)
             if self._aligned is not None:
                 self._aligned.writev_from(at, part)
                 if flags & FUA and self._fua:
@@ -317,7 +319,22 @@ class NbdNode(Node):
         sizes, states = sizes[:used], pairs[:used, 1].astype(np.int64)
         if ends[min(used, len(ends)) - 1] > length:
             sizes[-1] -= ends[used - 1] - length
-        return sizes, states
+        return self._whole_blocks(sizes, states, length) if self._unit > 1 else (sizes, states)
+
+    def _whole_blocks(
+        self, sizes: NDArray[np.int64], states: NDArray[np.int64], length: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Extents end where blocks do, or the export; from where a server has it otherwise on, all is data."""
+        import numpy as np
+
+        ends = np.cumsum(sizes)
+        odd = (ends % self._unit != 0) & (ends != length)
+        if not odd.any():
+            return sizes, states
+        first = int(odd.argmax())
+        before = int(ends[first - 1]) if first else 0
+        rest = min(align_up(int(ends[-1]), self._unit), length) - before
+        return np.append(sizes[:first], rest), np.append(states[:first], 0)
 
     def _meaning(self, flags: int) -> tuple[int, int]:
         """(kind, source) for status flags."""
@@ -364,7 +381,8 @@ def open_node(request: OpenRequest) -> NbdNode:
             if not flags.auto_read_only:
                 raise ReadOnly("the server offers the export read-only", where=client.where)
             flags = flags._replace(read_only=True)
-        shown = uri.show(settings.address, settings.wishes.export, tls=settings.security is not None)
+        named = "export" in request.options
+        shown = uri.show(settings.address, settings.wishes.export, named=named, tls=settings.security is not None)
         return NbdNode(client, flags, name=request.name, filename=shown or f"nbd:{settings.address}", bitmap=bitmap)
     except BaseException:
         client.close()

@@ -6,7 +6,7 @@ from ...catalog import driver
 from ...errors import InvalidArgument
 from ...graph import chain
 from ...image import CACHE_MODES
-from ...io.extent import UNALLOCATED
+from ...io.extent import NOT_COUNTED, UNALLOCATED
 from ...options import Option, convert, parse_keyval
 from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
@@ -89,12 +89,13 @@ def allocated_runs(node: Node, offset: int, end: int) -> Iterator[tuple[int, int
     import numpy
 
     layer = chain.skip_filters(node)
-    if layer.driver == "raw" or layer.kind == "protocol":
+    file = layer.children["file"].node if layer.driver == "raw" else layer
+    if file.kind == "protocol" and file.driver != "nbd":
         yield offset, end - offset, True  # there is no layer below to look into
         return
     for at, step in chain.windows(offset, end, chain.window_size(node)):
         extents = layer.extents(at, step)
-        held = extents.kind != UNALLOCATED
+        held = (extents.kind != UNALLOCATED) & (extents.source != NOT_COUNTED)
         first = numpy.flatnonzero(numpy.concatenate(([True], held[1:] != held[:-1])))
         starts = extents.offset[first]
         ends = numpy.concatenate((starts[1:], [at + step]))
