@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from .errors import Busy, InvalidArgument, NotSupported, ReadOnly
 from .graph import chain
 from .graph.graph import Graph
-from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, Node, Stats
+from .graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Node, Stats
 from .graph.opening import COMMON_OPTIONS, Opener, OpenFlags, Policy, has_protocol
 from .io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from .options import Option, convert
@@ -150,6 +150,7 @@ class Image:
     :ivar graph: the graph it lives in
     :ivar stats: requests seen here, by kind
     :ivar writethrough: every write is durable when it returns
+    :param unchanged: what is written changes no byte of the disk (:meth:`within`); a read-only handle may do that
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Image:
         exclusive: bool = False,
         no_io: bool = False,
         resizable: bool = False,
+        unchanged: bool = False,
         name: str = "",
     ) -> None:
         if not read_only and node.read_only:
@@ -179,6 +181,8 @@ class Image:
         used = 0 if no_io else PERM_READ | (0 if read_only else PERM_WRITE)
         if resizable and not read_only:
             used |= PERM_RESIZE
+        if unchanged:
+            used |= PERM_WRITE_UNCHANGED
         shared = PERM_ALL & ~(PERM_WRITE | PERM_RESIZE) if exclusive else PERM_ALL
         self._root: Child = graph.attach_image(node, name or "an open image", used, shared)
         with graph.lock:
@@ -386,9 +390,13 @@ class Image:
         """
         length = self.size - offset if length is None else length
         self._check("map", offset, length)
+        return self.within(lambda: chain.extents(self.node, offset, length))
+
+    def within(self, action: Callable[[], _T]) -> _T:
+        """The result of ``action``, during which the graph below stays as it is; for jobs that look at nodes."""
         self._enter()
         try:
-            return chain.extents(self.node, offset, length)
+            return action()
         finally:
             self._leave()
 

@@ -58,7 +58,8 @@ def check_header(overlay: Node, header: NewHeader) -> BackingChangeable:
     if not hasattr(overlay, "change_backing") or not hasattr(overlay, "check_backing"):
         raise NotSupported(f"driver {overlay.driver!r} cannot change its backing file", where=overlay.filename)
     changeable: BackingChangeable = overlay
-    changeable.check_backing(*header)
+    if not overlay.read_only:  # else it is made writable first, and then asked again
+        changeable.check_backing(*header)
     return changeable
 
 
@@ -96,9 +97,8 @@ def change_backing_file(graph: Graph, node: Node, name: str, format: str = "") -
 
 
 def _write_header(graph: Graph, node: Node, header: NewHeader) -> None:
-    changeable = check_header(node, header)
     with writable(graph, node):
-        changeable.change_backing(*header)
+        check_header(node, header).change_backing(*header)
 
 
 def overlays_of(node: Node) -> list[Node]:

@@ -388,20 +388,21 @@ class Job:
             self._move(State.NULL)
 
     def _end_well(self) -> None:
-        try:
-            self.commit()
-        finally:
-            self.clean()
-            self._move(State.CONCLUDED)
+        self._finish(self.commit, self.clean)
 
     def _end_failed(self, error: BaseException) -> None:
         self.error = error
         self._move(State.ABORTING)
-        try:
-            self.abort()
-        finally:
-            self.clean()
-            self._move(State.CONCLUDED)
+        self._finish(self.abort, self.clean)
+
+    def _finish(self, *steps: Callable[[], None]) -> None:
+        """The last hooks must not fail; if one does all the same, the others are called and the job ends."""
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:
+                self.error = self.error or error
+        self._move(State.CONCLUDED)
 
     def _await_finalize(self) -> None:
         jobs = (self,) if self._transaction is None else self._transaction.jobs

@@ -1,0 +1,51 @@
+"""What lies above a base, range by range: the walk that stream and commit of layers share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ..graph import chain
+from ..io.extent import UNALLOCATED, ZERO
+from .stride import Stride
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..graph.node import Node
+    from ..image import Image
+    from ..io.extentmap import ExtentMap
+    from .job import Control
+
+__all__ = ["ranges_above"]
+
+_ZERO_STEP: Final = 1 << 30
+
+
+def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: int,
+                 top_too: bool) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """``(offset, length)`` of what the layers of ``handle`` above ``base`` hold (all of them without one), ascending.
+
+    Data is cut at multiples of ``chunk``, zeroes at multiples of 1 GiB. What is passed over counts as done. The
+    graph is looked at a window at a time, each as it is then.
+
+    :param top_too: with what the top layer holds; otherwise only what it shows of those below it
+    """
+    size = handle.size
+    stride = Stride([handle.node])
+    position = 0
+    for offset, length in stride.windows(0, size):
+        found = _window(handle, base, offset, length)
+        stride.saw(len(found))
+        due = found.kind != UNALLOCATED
+        if not top_too:
+            due &= found.depth > 0
+        for extent in found.take(due.nonzero()[0]):
+            if extent.offset > position:
+                control.count(extent.offset - position, 0)
+            position = extent.end
+            yield from chain.windows(extent.offset, position, _ZERO_STEP if extent.kind == ZERO else chunk)
+    control.count(size - position, 0)
+
+
+def _window(handle: Image, base: Node | None, offset: int, length: int) -> ExtentMap:
+    return handle.within(lambda: chain.extents(handle.node, offset, length, base=base))
