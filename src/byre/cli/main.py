@@ -32,8 +32,8 @@ IMAGE_VERBS: Final = (
     "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure",
     "rebase", "resize", "snapshot",
 )  # fmt: skip
-OWN_VERBS: Final = ("backup", "formats", "io", "links", "mirror")
-LATER_OWN_VERBS: Final = ("daemon", "serve")
+OWN_VERBS: Final = ("backup", "formats", "io", "links", "mirror", "serve")
+LATER_OWN_VERBS: Final = ("daemon",)
 
 
 class Terminated(KeyboardInterrupt):
@@ -133,6 +133,9 @@ def _guarded(argv: list[str], prog: str) -> int:
         report(f"{error}; try '{prog} --help'")
     except ByreError as error:
         report(error)
+        if prog != "byre":
+            # The peer's second line, which scripts may look for.
+            sys.stderr.write("".join(f"{note}\n" for note in getattr(error, "__notes__", ())))
     except Terminated:
         return EXIT_TERMINATED
     except KeyboardInterrupt:
@@ -190,7 +193,9 @@ def _flushed(code: int) -> int:
 def _dispatch(argv: list[str], prog: str) -> int:
     if prog == "qemu-io":
         return _run("io", argv)
-    if prog in ("qemu-nbd", "qemu-storage-daemon"):
+    if prog == "qemu-nbd":
+        return _run("serve", argv)
+    if prog == "qemu-storage-daemon":
         from .refusals import refuse
 
         return refuse(prog, argv)

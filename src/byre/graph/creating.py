@@ -94,6 +94,7 @@ def create(
     values.given["size"] = align_up(values.number("size"), SECTOR)
     if announce is not None:
         announce(values)
+    _check_backing_format(filename, values)
     prepare = getattr(module, "check_create", None)
     if prepare is not None:
         prepare(values)  # refuse before anything is written
@@ -121,10 +122,6 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
     format_name = values.given.get("backing_fmt")
     if not isinstance(backing, str):
         return
-    if isinstance(format_name, str):
-        row = driver(format_name)
-        if row.kind == "protocol":
-            raise InvalidArgument(f"backing format {format_name!r} is a protocol, not a format", where=filename)
     spec = resolve_backing(filename, backing)
     if _same_file(filename, spec):
         raise InvalidArgument("an image cannot be its own backing file", where=filename)
@@ -135,7 +132,12 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
                               hint="use -F (or backing_fmt=)")  # fmt: skip
     graph = Graph()
     opener = Opener(graph, policy)
-    node = opener.open_chain(spec, OpenFlags(no_io=True), driver_name=str(format_name or ""))
+    try:
+        _check_backing_format(filename, values)
+        node = opener.open_chain(spec, OpenFlags(no_io=True), driver_name=str(format_name or ""))
+    except ByreError as error:
+        error.add_note("Could not open backing image.")
+        raise
     try:
         for layer in layers(node):
             if _same_file(filename, layer.filename):
@@ -144,6 +146,13 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
             values.given["size"] = node.size
     finally:
         graph.release(node)
+
+
+def _check_backing_format(filename: str, values: OptionValues) -> None:
+    """:raises InvalidArgument: the format that is to be recorded is none"""
+    name = values.given.get("backing_fmt")
+    if isinstance(name, str) and driver(name).kind == "protocol":
+        raise InvalidArgument(f"backing format {name!r} is a protocol, not a format", where=filename)
 
 
 def _same_file(one: str, other: str) -> bool:
