@@ -159,9 +159,8 @@ def test_measure(capsys: Output, disk: str) -> None:
 
 @pytest.mark.parametrize(
     ("which", "text"),
-    [("gone", "there is no snapshot 'gone'"), ("snapshot.id=7", "there is no snapshot with id '7'"),
-     ("snapshot.what=7", "invalid parameter 'snapshot.what'")],
-)  # fmt: skip
+    [("gone", "there is no snapshot 'gone'"), ("snapshot.id=7", "there is no snapshot with id '7'")],
+)
 def test_convert_refuses(capsys: Output, disk: str, which: str, text: str) -> None:
     capsys.readouterr()
     assert main(["convert", "-l", which, "-O", "raw", disk, "raw"]) == 1
@@ -171,3 +170,20 @@ def test_convert_refuses(capsys: Output, disk: str, which: str, text: str) -> No
     assert not os.path.exists("raw")
     assert main(["convert", "-l", "one", "-O", "raw", disk, disk, "raw"]) == 1
     assert "cannot be concatenated" in capsys.readouterr().err
+
+
+def test_a_malformed_parameter_is_refused_before_anything_else(capsys: Output, disk: str) -> None:
+    capsys.readouterr()
+    for verb in (
+        ["measure", "-l", "snapshot.foo=bar"],
+        ["convert", "-l", "snapshot.id=1,snapshot.foo=bar", "gone", "raw"],
+    ):
+        assert main(verb) == 1
+        assert capsys.readouterr().err == (
+            f"byre: Failed in parsing snapshot param {verb[2]!r}; known are snapshot.id=ID and snapshot.name=NAME\n"
+        )
+        assert main(verb, "qemu-img") == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "qemu-img: Invalid parameter 'snapshot.foo'"
+        assert lines[1].startswith(f"qemu-img: Failed in parsing snapshot param {verb[2]!r}")
+        assert len(lines) == 2

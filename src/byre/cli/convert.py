@@ -69,6 +69,10 @@ def run(arguments: list[str]) -> int:
     settings = _settings(given)
     if len(given.positional) < 2:
         raise common.UsageError("must specify the input and the output image file name")
+    if given.has("snapshot"):
+        from .snapshot import check_snapshot
+
+        check_snapshot(given.last("snapshot"))
     if given.has("snapshot") and len(given.positional) > 2:
         raise InvalidArgument("a snapshot cannot be concatenated with other images")
     if given.has("bitmaps") and len(given.positional) > 2:

@@ -56,6 +56,10 @@ def run(arguments: list[str]) -> int:
     given = common.parse(_TABLE, arguments)
     as_json = common.output_format(given) == "json"
     size = common.size_argument(given.last("size"), "image size") if given.has("size") else None
+    if given.has("snapshot"):
+        from .snapshot import check_snapshot
+
+        check_snapshot(given.last("snapshot"))
     _check_usage(given)
     target = given.last("target-format", "raw")
     declared = declared_options(target)

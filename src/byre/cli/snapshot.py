@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ByreError, NotSupported
+from ..errors import ByreError, InvalidArgument, NotSupported
 from . import common
 from .info import snapshot_lines, snapshot_rows
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..formats.abilities import HasSnapshots
     from ..image import Image
 
-__all__ = ["HELP", "load_snapshot", "run"]
+__all__ = ["HELP", "check_snapshot", "load_snapshot", "run"]
 
 _ACTIONS: Final = ("list", "apply", "create", "delete")
 
@@ -123,6 +123,23 @@ def _carry_out(image: Image, action: str, name: str) -> None:
 # -- the option -l of other verbs -----------------------------------------------------------------
 
 
+def check_snapshot(parameter: str) -> None:
+    """Refuse a malformed parameter before anything is opened.
+
+    :raises InvalidArgument: something else than an id and a name is given; scripts know the peer's two lines
+    """
+    from ..options import parse_keyval
+
+    if not parameter.startswith("snapshot."):
+        return
+    unknown = [key for key in parse_keyval(parameter) if key not in ("snapshot.id", "snapshot.name")]
+    if unknown and common.as_peer():
+        common.report(f"Invalid parameter {unknown[0]!r}")
+    if unknown:
+        raise InvalidArgument(f"Failed in parsing snapshot param {parameter!r}",
+                              hint="known are snapshot.id=ID and snapshot.name=NAME")  # fmt: skip
+
+
 def load_snapshot(image: Image, parameter: str) -> None:
     """Have the read-only ``image`` show a snapshot: ``snapshot.id=ID,snapshot.name=NAME``, or an id or name.
 
@@ -130,14 +147,12 @@ def load_snapshot(image: Image, parameter: str) -> None:
     """
     from ..options import parse_keyval
 
+    check_snapshot(parameter)
     try:
         if not parameter.startswith("snapshot."):
             _holder(image).load_snapshot(parameter)
             return
         values = parse_keyval(parameter)
-        unknown = [key for key in values if key not in ("snapshot.id", "snapshot.name")]
-        if unknown:
-            raise common.UsageError(f"invalid parameter {unknown[0]!r}; try snapshot.id= and snapshot.name=")
         _holder(image).load_snapshot_exactly(values.get("snapshot.id"), values.get("snapshot.name"))
     except ByreError as error:
         error.message = f"Failed to load snapshot: {error.message}"

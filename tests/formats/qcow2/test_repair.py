@@ -411,3 +411,15 @@ def test_random_damage_is_mended_as_by_the_peer(tmp_path: Path, qemu_img: Any, q
         found = peer(qemu_img, path)
         assert found is not None
         assert (found.get("corruptions", 0), found.get("leaks", 0)) == (after.corruptions, after.leaks)
+
+
+def test_what_does_not_fit_into_a_count_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    byre.create(str(path), "qcow2", SIZE, options={"refcount_bits": 1})
+    with byre.open(str(path), read_only=False) as image:
+        image.write(0, b"x" * 65536)
+    put(path, l2(path, 1), word(path, l2(path, 0)))
+    for fix in ("", "leaks", "all"):
+        found = check(path, fix)
+        assert found.corruptions == 1
+        assert [text.partition("\n")[0] for text in found.messages] == ["ERROR: overflow cluster offset=0x50000"]

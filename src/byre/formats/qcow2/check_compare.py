@@ -70,6 +70,9 @@ class Comparison:
         for row in over.tolist():
             key = int(row + window.low if window.keys is None else window.keys[row])
             times = int(window.counters[row] & window.mask) - limit
+            if self.fix:  # said when it was found; no repair changes it
+                self.findings.corruptions += times
+                continue
             self.findings.corrupt(
                 f"ERROR: overflow cluster offset=0x{key << self.subject.cluster_bits:x}\nUse qemu-img amend to "
                 "increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be "
