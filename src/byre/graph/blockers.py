@@ -26,8 +26,7 @@ OPERATIONS: Final = frozenset({
 """``change`` is another backing file, in the graph or in the header; ``replace`` is another node in a node's place."""
 
 _NOT_BELOW_AN_OVERLAY: Final = frozenset({
-    "change", "external-snapshot", "internal-snapshot", "internal-snapshot-delete", "mirror-target", "replace",
-    "resize",
+    "external-snapshot", "internal-snapshot", "internal-snapshot-delete", "mirror-target", "replace", "resize",
 })  # fmt: skip
 """What a backing file is kept from; jobs that know what they do block and check on their own."""
 
