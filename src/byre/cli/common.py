@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
+    from ..nbd.authorization import Authorization
     from ..nbd.tls import Credentials
     from ..options import Option, OptionSet
+
+    Object = Secret | ThrottleGroup | Credentials | Authorization
 
 __all__ = [
     "FORCE_SHARE",
@@ -149,7 +152,7 @@ class Given:
     def __init__(self, ordered: list[tuple[str, str]], positional: list[str]) -> None:
         self.ordered = ordered
         self.positional = positional
-        self._objects: dict[str, tuple[str, Secret | ThrottleGroup | Credentials]] | None = None
+        self._objects: dict[str, tuple[str, Object]] | None = None
 
     def has(self, key: str) -> bool:
         return any(name == key for name, _ in self.ordered)
@@ -164,13 +167,13 @@ class Given:
     def all(self, key: str) -> list[str]:
         return [value for name, value in self.ordered if name == key]
 
-    def objects(self) -> dict[str, tuple[str, Secret | ThrottleGroup | Credentials]]:
+    def objects(self) -> dict[str, tuple[str, Object]]:
         """What ``--object`` defines: (definition, object) by id, the same objects at each call.
 
         :raises ByreError: a malformed definition, or another type of object
         """
         if self._objects is None:
-            found: dict[str, tuple[str, Secret | ThrottleGroup | Credentials]] = {}
+            found: dict[str, tuple[str, Object]] = {}
             for text in self.all("object"):
                 id, made = _parse_object(text)
                 if id in found:
@@ -201,9 +204,9 @@ class Given:
                 graph.tls_credentials[id] = made
 
 
-def _parse_object(text: str) -> tuple[str, Secret | ThrottleGroup | Credentials]:
+def _parse_object(text: str) -> tuple[str, Object]:
     """(id, object) for the definition in ``text``."""
-    if "throttle-group" in text or "tls-creds" in text:
+    if "throttle-group" in text or "tls-creds" in text or "authz" in text:
         kind = str(parse_json(text, "object").get("qom-type")) if text.startswith("{") \
             else parse_keyval(text, implied="qom-type").get("qom-type", "")  # fmt: skip
         if kind == "throttle-group":
@@ -216,6 +219,11 @@ def _parse_object(text: str) -> tuple[str, Secret | ThrottleGroup | Credentials]
 
             credentials = Credentials.parse(text)
             return credentials.id, credentials
+        if kind.startswith("authz-"):
+            from ..nbd.authorization import Authorization
+
+            authorization = Authorization.parse(text)
+            return authorization.id, authorization
     from ..crypto.secrets import Secret
 
     secret = Secret.parse(text)

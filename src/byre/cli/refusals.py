@@ -12,9 +12,7 @@ _PEER_RELEASE: Final = "10.0.0"
 """The release whose options and output this program has."""
 
 _MISSING: Final = {
-    "serve": "the NBD server",
     "daemon": "the storage daemon",
-    "qemu-nbd": "the NBD server",
     "qemu-storage-daemon": "the storage daemon",
 }
 
@@ -53,9 +51,10 @@ _OWN_VERBS: Final = """\
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
   mirror [-s MODE] [-g GRANULARITY] [-f FMT] [-O FMT] [-o OPTIONS] [-n] [-r RATE] [--on-error POLICY] [-p] [-q] SOURCE \
 TARGET
+  serve [OPTIONS] FILENAME           offer an image as a network block device, as qemu-nbd
 """
 
-_LATER: Final = "Not yet: serve, daemon"
+_LATER: Final = "Not yet: daemon"
 
 
 def version(prog: str) -> str:

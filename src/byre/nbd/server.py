@@ -33,6 +33,7 @@ TOTAL_MEMORY: Final = 256 << 20
 STOP_SECONDS: Final = 4.0
 _GRACE: Final = 1.5
 _BACKLOG: Final = 128
+_LINES: Final = 10
 _EXHAUSTED: Final = (errno.ENFILE, errno.EMFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -67,6 +68,7 @@ class Server(Host):
         self.stopping = False
         self._closed = False
         self._served = 0
+        self._said = (0, 0)
 
     # -- exports ----------------------------------------------------------------------------------
 
@@ -232,7 +234,13 @@ class Server(Host):
                 # Connections that wait keep the socket readable: do not spin until a descriptor is free.
                 threading.Event().wait(0.1)
             return
-        peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"client {sock.fileno()}"
+        self.serve(sock, f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"client {sock.fileno()}")
+
+    def serve(self, sock: socket.socket, peer: str) -> None:
+        """Serve the client at the other end of a connected socket; one too many is turned away.
+
+        :param peer: what it is called in messages
+        """
         connection = Connection(sock, self, peer)
         thread = threading.Thread(target=self._serve, args=(connection,), name=f"nbd {peer}", daemon=True)
         with self._changed:
@@ -260,7 +268,7 @@ class Server(Host):
         try:
             connection.run()
         except ByreError as error:
-            self._say(f"{connection.peer}: {error}")
+            self._say(f"{connection.peer}: {error}" if connection.negotiated else f"option negotiation failed: {error}")
         except Exception as error:
             self._say(f"{connection.peer}: internal error, please report: {type(error).__name__}: {error}")
         finally:
@@ -273,8 +281,13 @@ class Server(Host):
             self._changed.notify_all()
 
     def _say(self, line: str) -> None:
-        if self._report is not None and not self.stopping:
-            self._report(line)
+        """Report a line, but not more of them in a second than somebody can want to read."""
+        with self._changed:
+            now = int(monotonic())
+            self._said = (now, self._said[1] + 1) if self._said[0] == now else (now, 1)
+            if self._report is None or self.stopping or self._said[1] > _LINES:
+                return
+        self._report(line)
 
     # -- stopping ---------------------------------------------------------------------------------
 
