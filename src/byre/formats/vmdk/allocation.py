@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 
 from ...errors import ByreError, Corrupt, NoSpace
-from ...io.extent import DATA, UNALLOCATED, ZERO
+from ...io.extent import DATA, ZERO
 from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR, align_down, align_up
 from ..base import Placement
@@ -173,17 +173,6 @@ class Allocator:
         return table
 
     # -- unmapping --------------------------------------------------------------------------------
-
-    def free_run(self, offset: int, length: int) -> int:
-        """Bytes from ``offset`` whose grains hold no data, up to the end of a table."""
-        extent = self.extent
-        done = 0
-        stop = min(length, extent.span - (offset - extent.start) % extent.span)
-        for row in extent.lookup(offset, stop):
-            if row.kind not in (ZERO, UNALLOCATED):
-                break
-            done += row.length
-        return done
 
     def unmap(self, offset: int, length: int, entry: int) -> int:
         """Whole grains from ``offset`` get ``entry`` (0 or ``ZERO_GRAIN``); bytes done, up to the end of a table."""

@@ -137,6 +137,15 @@ class SparseExtent(DiskExtent):
             at = end
         return rows
 
+    def free_run(self, offset: int, length: int) -> int:
+        """Bytes from ``offset`` whose grains hold nothing, up to the end of a table."""
+        done = 0
+        for row in self.lookup(offset, length):
+            if row.kind not in (ZERO, UNALLOCATED):
+                break
+            done += row.length
+        return done
+
     def in_place(self, offset: int, length: int) -> int:
         """Where a range inside one allocated grain lies in the file, -1 if it is not that."""
         at = offset - self.start

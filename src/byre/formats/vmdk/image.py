@@ -263,20 +263,20 @@ class VmdkNode(FormatNode):
 
     def unmap(self, offset: int, length: int, kind: int, keep: bool) -> int:
         extent = self.extent_at(offset)
-        if type(extent) is DiskExtent:
-            return min(length, extent.end - offset)
-        allocator = self.allocator(extent)
-        if allocator is None:
-            return self._unmap_plain(cast("PlainExtent", extent), offset, min(length, extent.end - offset), kind, keep)
-        assert isinstance(extent, SparseExtent)
-        start, whole = aligned(extent, offset, min(length, extent.end - offset))
+        inside = min(length, extent.end - offset)
+        if isinstance(extent, PlainExtent):
+            return self._unmap_plain(extent, offset, inside, kind, keep)
+        if not isinstance(extent, SparseExtent):
+            return inside
+        start, whole = aligned(extent, offset, inside)
         # The engine relies on a unit being done as a whole.
         if start != offset or (len(self._starts) > 1 and whole < min(length, self.zero_unit)):
             return 0
-        return self._unmap_grains(extent, allocator, offset, whole, kind, keep)
+        return self._unmap_grains(extent, offset, whole, kind, keep)
 
     def _unmap_plain(self, extent: PlainExtent, offset: int, length: int, kind: int, keep: bool) -> int:
         self.begin_change()
+        self.allocator(extent)  # refuses what cannot be written
         assert extent.file is not None
         host = extent.base + offset - extent.start
         if kind == UNALLOCATED:
@@ -285,21 +285,22 @@ class VmdkNode(FormatNode):
             extent.file.write_zeroes(host, length, 0 if keep else MAY_UNMAP)
         return length
 
-    def _unmap_grains(self, extent: SparseExtent, allocator: Allocator, offset: int, length: int, kind: int,
-                      keep: bool) -> int:  # fmt: skip
+    def _unmap_grains(self, extent: SparseExtent, offset: int, length: int, kind: int, keep: bool) -> int:
         """As :meth:`unmap`, for whole grains."""
         over = bool(self.backing_name) or "backing" in self.children
+        if over and not extent.zero_grains:
+            return 0  # the parent would show through
         if extent.compressed:
-            # What was written stays; the rest reads as zeroes, or can be said to.
-            length = allocator.free_run(offset, length) if kind == KIND_ZERO else 0
-        elif not extent.zero_grains and over:
+            # What was written stays.
+            length = extent.free_run(offset, length) if kind == KIND_ZERO else 0
+        elif keep and kind == KIND_ZERO and not extent.zero_grains:
+            return extent.free_run(offset, length)
+        if not length:
             return 0
-        elif not extent.zero_grains and kind == KIND_ZERO and keep:
-            return allocator.free_run(offset, length)
-        if not length or (extent.compressed and over and not extent.zero_grains):
-            return 0
-        entry = ZERO_GRAIN if extent.zero_grains and (kind == KIND_ZERO or over) else 0
         self.begin_change()
+        allocator = self.allocator(extent)
+        assert allocator is not None
+        entry = ZERO_GRAIN if extent.zero_grains and (kind == KIND_ZERO or over) else 0
         done = 0
 
         def change() -> None:
@@ -362,16 +363,14 @@ class VmdkNode(FormatNode):
             self.check_failure()
             # What the descriptor says about the parent is written before the first grain.
             self.begin_change()
-            allocator = self.allocator(extent)
-            assert allocator is not None
-            self._check_unwritten(allocator, offset, len(payloads) * grain)
+            self._check_unwritten(extent, offset, len(payloads) * grain)
         stored = [framed((offset + at * grain) // SECTOR, payload) for at, payload in enumerate(payloads)]
         engine.write_compressed(self, offset, stored)
 
-    def _check_unwritten(self, allocator: Allocator, offset: int, length: int) -> None:
+    def _check_unwritten(self, extent: SparseExtent, offset: int, length: int) -> None:
         end = min(offset + length, self._size)
         while offset < end:
-            done = allocator.free_run(offset, end - offset)
+            done = extent.free_run(offset, end - offset)
             if not done:
                 raise NotSupported(f"the grain at {offset:#x} of this stream-optimized disk is written already, and "
                                    "cannot be written again", where=self.filename)  # fmt: skip
