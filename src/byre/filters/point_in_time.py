@@ -58,8 +58,9 @@ class PointInTime:
 
     @property
     def left(self) -> int:
-        """Bytes that still have to be copied before they may be overwritten."""
-        return self._todo.dirty_bytes
+        """Bytes that still have to be copied before they may be overwritten, or are being copied."""
+        with self._changed:
+            return self._todo.dirty_bytes + sum(end - start for start, end in self._copies)
 
     @property
     def todo(self) -> Bitmap:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, InvalidArgument
 from ..filters.copy_before_write import ON_ERROR, CopyBeforeWriteNode, cluster_for, find_bitmap
-from ..graph import blockers, chain
+from ..graph import chain
+from ..graph.blockers import Blocking
 from ..graph.live import Tolerated, insert_filter, quiesce, remove_filter
 from ..graph.relinking import backing_edges
 from ..image import Image
@@ -22,7 +23,7 @@ from ..units import MIB, align_down
 from .blockcopy import CopySettings
 from .holes import split_at_holes
 from .job import Job
-from .livecopy import LiveCopy, Policies, RangeFailed, sweep
+from .livecopy import LiveCopy, Policies, RangeFailed, check_free, sweep
 from .stride import Stride
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ class BackupJob(Job):
     def _set_up(self, source: Node, target: Node, filter_name: str, undo: ExitStack) -> None:
         """Keep what is there now from being lost; ``undo`` lets go of everything, last thing first."""
         graph = self._graph
-        blockers.check(graph, source, "backup-source")
-        blockers.check(graph, target, "backup-target")
+        occupied = check_free(graph, source, target, self.kind)
         with quiesce(graph, [source, target]):
             reader = Image(source, graph, read_only=not self.options.discard_source, name="the backup job")
             undo.callback(reader.close)
@@ -187,7 +187,7 @@ class BackupJob(Job):
             insert_filter(graph, self._filter, source, stay=[reader])
             self._take_bitmap(undo)
             self._filter.begin(self._cluster, self._bitmap if self.options.sync in ("incremental", "bitmap") else None)
-            blocking = blockers.Blocking(graph, [source, target], "block device is in use by block job: backup")
+            blocking = Blocking(graph, occupied, "block device is in use by block job: backup")
             undo.callback(blocking.release)
 
     def _settings(self) -> CopySettings:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from ..errors import ByreError
 from ..formats.abilities import HasHoles
-from ..graph import chain
+from ..graph import blockers, chain
 from ..io import workers
 from ..io.extent import DATA, MAY_UNMAP, UNALLOCATED, ZERO
 from ..units import align_down, align_up
@@ -24,11 +24,12 @@ from .errors_policy import IGNORE, check_policy, decide
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from ..graph.graph import Graph
     from ..graph.node import Node
     from ..image import Image
     from .job import Control
 
-__all__ = ["LiveCopy", "Policies", "RangeFailed", "sweep"]
+__all__ = ["LiveCopy", "Policies", "RangeFailed", "check_free", "sweep"]
 
 _NOTHING: Final = 2
 _TASK_RANGES: Final = 64
@@ -201,6 +202,18 @@ class _Target:
 
     def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
         self.node.write_compressed_clusters(offset, payloads)  # type: ignore[attr-defined]
+
+
+def check_free(graph: Graph, source: Node, target: Node, kind: str) -> list[Node]:
+    """The nodes that a job of ``kind`` must have for itself: both, and what lies below their filters.
+
+    :raises Busy: another job works on one of them
+    """
+    nodes = {source: "source", chain.skip_filters(source): "source",
+             target: "target", chain.skip_filters(target): "target"}  # fmt: skip
+    for node, role in nodes.items():
+        blockers.check(graph, node, f"{kind}-{role}")
+    return list(nodes)
 
 
 # -- sweeping over ranges -------------------------------------------------------------------------

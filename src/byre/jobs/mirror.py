@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ..bitmaps.bitmap import Bitmap
 from ..errors import ByreError, InvalidArgument, NotFound
 from ..filters.mirror_top import MirrorTopNode
-from ..graph import blockers, chain
+from ..graph import chain
+from ..graph.blockers import Blocking
 from ..graph.live import Rewiring, insert_filter, quiesce, remove_filter, replace_node
 from ..image import Image
 from ..io.extent import UNALLOCATED
@@ -22,7 +23,7 @@ from ..units import KIB, MIB
 from .blockcopy import CHUNK, CopySettings
 from .holes import split_at_holes
 from .job import Control, Job
-from .livecopy import LiveCopy, Policies, sweep
+from .livecopy import LiveCopy, Policies, check_free, sweep
 from .stride import Stride
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class MirrorOptions(NamedTuple):
 class MirrorStatus(NamedTuple):
     """How a mirror gets on.
 
-    :ivar dirty: bytes that still have to be copied
+    :ivar dirty: bytes that still have to be copied, or are being copied
     :ivar rate_in: bytes per second that become dirty
     :ivar rate_out: bytes per second that are copied
     :ivar actively_synced: both disks are the same, and writes go to both
@@ -158,11 +159,12 @@ class MirrorJob(Job):
         self._moved: list[Child] = []
         self._read: Image | None = None
         self._write: Image | None = None
-        self._blocking: blockers.Blocking | None = None
+        self._blocking: Blocking | None = None
         self._top = MirrorTopNode(Bitmap(source.size, self._granularity(target)), alone=True)
         self._rate_in = self._rate_out = 0.0
         self._small = 0
         self._primed = False
+        self._in_flight = 0
 
     def _granularity(self, target: Node) -> int:
         cluster = getattr(chain.skip_filters(target), "cluster_size", 64 * KIB)
@@ -193,8 +195,7 @@ class MirrorJob(Job):
         :param leave: what only it and the layers below hold need never be copied
         """
         graph, source, target = self._graph, self._source_node, self._target_node
-        blockers.check(graph, source, f"{self.kind}-source")
-        blockers.check(graph, target, f"{self.kind}-target")
+        occupied = check_free(graph, source, target, self.kind)
         self._base = base
         try:
             with quiesce(graph, [source, target]):
@@ -205,9 +206,7 @@ class MirrorJob(Job):
                 insert_filter(graph, self._top, source, stay=[self._read])
                 if self.options.copy_mode == "write-blocking":
                     self._write_both()
-                self._blocking = blockers.Blocking(
-                    graph, [source, target], f"block device is in use by block job: {self.kind}"
-                )
+                self._blocking = Blocking(graph, occupied, f"block device is in use by block job: {self.kind}")
             chunk = _chunk(self.options.buffer_size or DEFAULT_BUFFER, self._top.dirty.granularity)
             settings = CopySettings(sparse=0, unmap=self.options.unmap, whole_total=False, chunk=chunk)
             self._copy = LiveCopy(self._read, self._writer, settings, base=leave)
@@ -315,7 +314,12 @@ class MirrorJob(Job):
         self._small = int(self._rate_out * _SHORT)
 
     def _account(self) -> None:
-        self.control.total = self.control.done + self._top.dirty.dirty_bytes
+        self.control.total = self.control.done + self._left()
+
+    def _left(self) -> int:
+        """Bytes that are dirty, or being copied."""
+        with self._lock:
+            return self._top.dirty.dirty_bytes + self._in_flight
 
     def _due(self) -> Iterator[tuple[int, int]]:
         """What is dirty, in ascending pieces that end where chunks end."""
@@ -331,20 +335,27 @@ class MirrorJob(Job):
 
     def _copy_dirty(self, offset: int, length: int) -> tuple[int, int]:
         """Copy what is still dirty of a range; (bytes done, bytes written)."""
-        top, moved, done = self._top, 0, 0
+        top, moved, due = self._top, 0, 0
         with self._copy.request():
             entry = top.ranges.enter(offset, offset + length, True)
             try:
                 # Cleared before it is read: what is written from here on is copied again.
-                for start, size in top.dirty.take(offset, length):
+                taken = top.dirty.take(offset, length)
+                due = sum(size for _, size in taken)
+                self._count_in_flight(due)
+                for start, size in taken:
                     moved += self._copy.copy(start, size)
-                    done += size
             except BaseException:
                 top.dirty.set(offset, length)
                 raise
             finally:
                 top.ranges.leave(entry)
-        return done, moved
+                self._count_in_flight(-due)
+        return due, moved
+
+    def _count_in_flight(self, size: int) -> None:
+        with self._lock:
+            self._in_flight += size
 
     # -- completing -------------------------------------------------------------------------------
 
@@ -406,7 +417,7 @@ class MirrorJob(Job):
 
     def status(self) -> MirrorStatus:
         """Figures of this moment."""
-        dirty, blocking = self._top.dirty.dirty_bytes, self._top.blocking
+        dirty, blocking = self._left(), self._top.blocking
         mode = COPY_MODES[int(blocking)]
         return MirrorStatus(dirty, self._rate_in, self._rate_out, mode, self._primed and blocking and not dirty)
 
