@@ -75,6 +75,8 @@ CATALOG: tuple[Driver, ...] = (
            (((64, b"\x7f\x10\xda\xbe"),),), abilities="rwc"),
     Driver("vhdx", "format", "byre.formats.vhdx", "Hyper-V disk (differencing ones read-only)",
            (((0, b"vhdxfile"),),), abilities="rwc"),
+    Driver("ova", "format", "byre.formats.ova", "appliances in one file", clue=b".ovf\0"),
+    Driver("ovf", "format", "byre.formats.ovf", "appliances: a descriptor with disks beside it", clue=b"/ovf/envelope"),
     Driver("vma", "format", "byre.formats.vma", "backup archives of Proxmox", (((0, b"VMA\0\0\0\0\1"),),)),
     Driver("qed", "format", "byre.formats.qed", "QEMU Enhanced Disk", (((0, b"QED\0"),),), abilities="rwc"),
     Driver("vmdk", "format", "byre.formats.vmdk", "VMware disk (ESX sparse and space-efficient ones read-only)",
