@@ -168,12 +168,21 @@ def describe(node: Node) -> dict[str, object]:
 
 
 def _shown_name(node: Node) -> str:
-    """The file name; or options in JSON with the id of the key, if one was given: the name alone opens nothing."""
+    """The file name; or options in JSON where the name alone would open nothing, or something else.
+
+    That is so with filters and the like, and where the id of a key was given.
+    """
     runtime = getattr(node, "runtime", None)
     nested = node.driver in ("qcow2", "qcow")
     option = "encrypt.key-secret" if nested else "key-secret"
     if runtime is None or option not in runtime:
-        return node.filename
+        file = node.children.get("file")
+        simple = node.kind == "format" and file is not None and file.node.kind == "protocol"
+        if not node.children or (simple and not node.options.keys() & {"offset", "size"}):
+            return node.filename
+        from ..graph.naming import shown_name
+
+        return shown_name(node)
     import json
 
     edges = [edge for edge in node.children.values() if edge.name != "backing"]

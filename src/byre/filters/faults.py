@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -44,6 +45,8 @@ OPTIONS: Final = FaultOptions(
     Option("max-discard", "size", "longest discard, bytes", 0),
 )
 CHILDREN: Final = ("image", "file")
+CHILD_NAMES: Final = ("x-image", "filename")
+CHILD_OPTIONS: Final = {"file": "image"}
 
 _ZEROES = bytes(1 << 16)
 
@@ -54,6 +57,14 @@ def parse_filename(rest: str) -> dict[str, object]:
     if not colon:
         raise InvalidArgument(f"expected blkdebug:CONFIG:IMAGE, found 'blkdebug:{rest}'")
     return {"x-image": image, **({"config": config} if config else {})}
+
+
+def plain_name(node: FilterNode) -> str | None:
+    """``blkdebug:CONFIG:IMAGE``, unless there are rules in the options."""
+    from ..graph.naming import own_options, plain_name
+
+    own, below = own_options(node, sys.modules[__name__]), plain_name(node.below)
+    return None if below is None or set(own) - {"config"} else f"blkdebug:{own.get('config', '')}:{below}"
 
 
 def open_node(request: OpenRequest) -> FaultNode:

@@ -27,6 +27,8 @@ OPTIONS: Final = OptionSet(
     Option("filename", "str", "image to test, if no child 'test' is given"),
 )
 CHILDREN: Final = ("raw", "test")
+CHILD_NAMES: Final = ("x-raw", "x-image", "filename")
+CHILD_OPTIONS: Final = {"file": "test"}
 
 
 def parse_filename(rest: str) -> dict[str, object]:
@@ -35,6 +37,14 @@ def parse_filename(rest: str) -> dict[str, object]:
     if not colon or not raw or not image:
         raise InvalidArgument(f"expected blkverify:RAW:IMAGE, found 'blkverify:{rest}'")
     return {"x-raw": raw, "x-image": image}
+
+
+def plain_name(node: VerifyNode) -> str | None:
+    """``blkverify:RAW:IMAGE``."""
+    from ..graph.naming import plain_name
+
+    raw, test = plain_name(node.raw), plain_name(node.below)
+    return None if raw is None or test is None else f"blkverify:{raw}:{test}"
 
 
 def open_node(request: OpenRequest) -> VerifyNode:

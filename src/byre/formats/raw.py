@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["CREATE_OPTIONS", "OPTIONS", "RawNode", "create", "open_node"]
 
 CHILDREN = ("file",)
+NAME_OPTIONS = ("offset", "size")
 
 OPTIONS = OptionSet(
     Option("offset", "size", "where the image begins in the file", 0),

@@ -493,6 +493,8 @@ def resolve_backing(overlay: str, name: str) -> str:
     """
     if has_protocol(name) or os.path.isabs(name):
         return name
+    if not overlay:
+        raise InvalidArgument(f"relative backing file {name!r} has no folder to start from")
     if overlay.startswith("file:"):
         overlay = str(parse_filename(overlay)["filename"])
     if overlay.startswith("json:"):
