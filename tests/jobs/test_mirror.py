@@ -337,7 +337,7 @@ def test_every_request_fails_once(policy: str, side: str) -> None:
         if job.error is None:
             job.cancel()
         assert job.join(10)
-        if policy == "report" and hit:
+        if policy == "report" and hit and not source.graph.warnings:  # closing may fail, for all is durable then
             assert isinstance(job.error, IOFailure)
         else:
             assert job.error is None

@@ -108,6 +108,7 @@ class CopyBeforeWriteNode(FilterNode):
     :ivar on_error: one of ``ON_ERROR``
     :ivar timeout: seconds a copy may take, 0 for no limit
     :ivar copier: copies a claimed (offset, length) instead of the filter itself
+    :ivar alone: nobody else may write to the disk; not where a job gives up in it what has been copied
     """
 
     driver = "copy-before-write"
@@ -117,6 +118,7 @@ class CopyBeforeWriteNode(FilterNode):
         self.on_error = on_error or ON_ERROR[0]
         self.timeout = timeout
         self.copier: Callable[[int, int], None] | None = None
+        self.alone = True
         self._state: PointInTime | None = None
 
     def begin(self, cluster: int, wanted: Bitmap | None = None) -> None:
@@ -254,7 +256,7 @@ class CopyBeforeWriteNode(FilterNode):
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         if child.name == "target":
             return PERM_READ | PERM_WRITE, PERM_ALL & ~PERM_RESIZE
-        if not self.parents:
+        if not self.parents or not self.alone:
             return used, shared
         # A write that does not come through here would change what is kept.
         return used | PERM_READ, shared & ~(PERM_WRITE | PERM_RESIZE)

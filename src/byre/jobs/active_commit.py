@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import ByreError
 from ..graph import chain
 from ..graph.live import Frozen, Tolerated, quiesce
 from ..graph.node import PERM_RESIZE
@@ -81,9 +82,12 @@ class ActiveCommitJob(MirrorJob):
     def _close(self) -> None:
         graph, base, writer = self._graph, self._target_node, self._write
         if not self._moved and self._was_read_only and writer is not None and not base.closed:
-            writer.flush()
-            with quiesce(graph, [base]):
-                graph.set_image_permissions(writer._root, 0, writer._root.shared)
-                writer.read_only = True
-                set_read_only(graph, base, True)
+            try:
+                writer.flush()
+                with quiesce(graph, [base]):
+                    graph.set_image_permissions(writer._root, 0, writer._root.shared)
+                    writer.read_only = True
+                    set_read_only(graph, base, True)
+            except ByreError as error:
+                graph.warnings.append(f"the base stays open for writing: {error}")
         super()._close()

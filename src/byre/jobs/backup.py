@@ -23,7 +23,7 @@ from ..units import MIB, align_down
 from .blockcopy import CopySettings
 from .holes import split_at_holes
 from .job import Job
-from .livecopy import LiveCopy, Policies, RangeFailed, check_free, sweep
+from .livecopy import LiveCopy, Policies, RangeFailed, check_free, close, sweep
 from .stride import Stride
 
 if TYPE_CHECKING:
@@ -168,18 +168,19 @@ class BackupJob(Job):
         occupied = check_free(graph, source, target, self.kind)
         with quiesce(graph, [source, target]):
             reader = Image(source, graph, read_only=not self.options.discard_source, name="the backup job")
-            undo.callback(reader.close)
+            undo.callback(close, reader)
             # A target over the disk itself is a use of its backing file that writes to the disk must not break.
             edges = backing_edges(target, source) if source in chain.layers(target) else []
             undo.callback(Tolerated(graph, edges).release)
             writer = Image(target, graph, read_only=False, name="the backup job")
-            undo.callback(writer.close)
+            undo.callback(close, writer)
             self._reader, self._writer = reader, writer
             self._copy = LiveCopy(reader, writer, self._settings())
             self._filter = CopyBeforeWriteNode(
                 name=filter_name, on_error=self.options.on_cbw_error, timeout=self.options.cbw_timeout
             )
             self._filter.copier = self._copy_for_writer
+            self._filter.alone = not self.options.discard_source
             self._filter.filename = source.filename
             graph.add(self._filter)
             undo.callback(self._remove_filter)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..image import Image
     from .job import Control
 
-__all__ = ["LiveCopy", "Policies", "RangeFailed", "check_free", "sweep"]
+__all__ = ["LiveCopy", "Policies", "RangeFailed", "check_free", "close", "sweep"]
 
 _NOTHING: Final = 2
 _TASK_RANGES: Final = 64
@@ -214,6 +214,14 @@ def check_free(graph: Graph, source: Node, target: Node, kind: str) -> list[Node
     for node, role in nodes.items():
         blockers.check(graph, node, f"{kind}-{role}")
     return list(nodes)
+
+
+def close(image: Image) -> None:
+    """Close a job's own handle. What it wrote is durable, or given up: a failure now is worth a warning only."""
+    try:
+        image.close()
+    except ByreError as error:
+        image.graph.warnings.append(f"closing after a job: {error}")
 
 
 # -- sweeping over ranges -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..units import KIB, MIB
 from .blockcopy import CHUNK, CopySettings
 from .holes import split_at_holes
 from .job import Control, Job
-from .livecopy import LiveCopy, Policies, check_free, sweep
+from .livecopy import LiveCopy, Policies, check_free, close, sweep
 from .stride import Stride
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class MirrorJob(Job):
     def _close(self) -> None:
         for image in (self._write, self._read):
             if image is not None:
-                image.close()
+                close(image)
 
     # -- copying ----------------------------------------------------------------------------------
 
