@@ -141,3 +141,30 @@ def test_formats_without_compression_are_refused() -> None:
     with pytest.raises(NotSupported, match="Compression is not supported for underlying format: raw"):
         byre.open({"driver": "compress", "file": {"driver": "raw", "file": name}}, read_only=False, graph=graph)
     assert list(graph.nodes) == [name]
+
+
+def test_through_filters_that_do_not_mind() -> None:
+    """Throttled and copied-on-read images can be written compressed, and are throttled; others say that they cannot."""
+    from byre.filters.throttle import ThrottleNode
+    from byre.filters.throttle_group import WRITE, ThrottleGroup
+    from byre.formats.abilities import HasCompression
+
+    group = ThrottleGroup("g", {"bps-write": 10**6})
+    graph = Graph()
+    with open_image(new_image("qcow2", SIZE), graph=graph, copy_on_read=True) as lower:
+        throttle = ThrottleNode(group)
+        graph.add(throttle)
+        graph.attach(throttle, "file", lower.node, "filtered")
+        with Image(throttle, graph, read_only=False) as image:
+            assert isinstance(image.node, HasCompression)
+            image.write_compressed(0, text(0, 65536))
+            image.write_compressed_clusters(65536, [image.node.compress(memoryview(text(0, 65536))) or b""] * 4)
+            assert {row.kind for row in image.extents(0, 5 * 65536)} == {COMPRESSED}
+            assert image.read(65536, 65536) == text(0, 65536)
+            with group._lock:
+                assert group._delay(WRITE) > 0.1
+    graph = Graph()
+    throttle = ThrottleNode(group)
+    stack(graph, MemoryNode(bytes(SIZE)), [throttle])
+    with Image(throttle, graph, read_only=False) as image, pytest.raises(NotSupported, match="compressed"):
+        image.write_compressed(0, bytes(65536))

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..graph.node import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..graph.child import Child
     from ..graph.opening import OpenRequest
     from ..io.extent import Extent
     from ..io.extentmap import ExtentMap
 
-__all__ = ["FilterNode", "NotifyingFilter", "RangeLock", "open_filtered"]
+__all__ = ["CompressionFilter", "FilterNode", "NotifyingFilter", "RangeLock", "open_filtered"]
 
 
 class FilterNode(Node):
@@ -85,6 +85,48 @@ class FilterNode(Node):
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         return used, shared
+
+
+class CompressionFilter(FilterNode):
+    """Can store compressed clusters exactly if the node below can; see :class:`byre.formats.abilities.HasCompression`.
+
+    What makes up the ability is looked up when it is asked for: without it below, there are no such attributes.
+    """
+
+    def before_compressed(self, offset: int, length: int) -> None:
+        """Compressed clusters for the range are about to be written."""
+
+    @property
+    def cluster_size(self) -> int:
+        return self._below_attribute("cluster_size")  # type: ignore[no-any-return]
+
+    @property
+    def compress(self) -> Callable[[memoryview], bytes | None]:
+        return self._below_attribute("compress")  # type: ignore[no-any-return]
+
+    @property
+    def write_compressed(self) -> Callable[[int, memoryview], None]:
+        write = self._below_attribute("write_compressed")
+
+        def passed_on(offset: int, buffer: memoryview) -> None:
+            self.before_compressed(offset, len(buffer))
+            write(offset, buffer)
+
+        return passed_on
+
+    @property
+    def write_compressed_clusters(self) -> Callable[[int, list[bytes]], None]:
+        write = self._below_attribute("write_compressed_clusters")
+
+        def passed_on(offset: int, payloads: list[bytes]) -> None:
+            self.before_compressed(offset, len(payloads) * self.cluster_size)
+            write(offset, payloads)
+
+        return passed_on
+
+    def _below_attribute(self, name: str) -> Any:
+        """:raises AttributeError: the node below has none"""
+        return getattr(self.below, name)
 
 
 class NotifyingFilter(FilterNode):

@@ -14,7 +14,7 @@ from ..graph import chain
 from ..graph.node import PERM_WRITE_UNCHANGED
 from ..io.extent import UNALLOCATED
 from ..options import Option, OptionSet
-from .base import FilterNode, open_filtered
+from .base import CompressionFilter, open_filtered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def _check_writable(read_only: bool) -> None:
         raise InvalidArgument("Can't use copy-on-read on read-only device", hint="open it for writing")
 
 
-class CopyOnReadNode(FilterNode):
+class CopyOnReadNode(CompressionFilter):
     """Copies what is read into the layer below it. Guarded by: nothing; it has no state that requests change.
 
     :ivar bottom: node name of the lowest layer that is copied from; "" for all, and for zeroes that no layer holds

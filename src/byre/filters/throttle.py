@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from ..errors import InvalidArgument, NotFound
 from ..options import Option, OptionSet
-from .base import FilterNode, open_filtered
+from .base import CompressionFilter, open_filtered
 from .throttle_group import LIMIT_OPTIONS, READ, WRITE, Member, ThrottleGroup, parse_limits
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _group(graph: Graph, options: OptionValues) -> ThrottleGroup:
         return group
 
 
-class ThrottleNode(FilterNode):
+class ThrottleNode(CompressionFilter):
     """Holds requests back as its group says.
 
     Guarded by: the group. ``group`` changes only while no request is under way.
@@ -108,6 +108,9 @@ class ThrottleNode(FilterNode):
     def discard(self, offset: int, length: int) -> None:
         self.group.admit(self._member, WRITE, length)
         self.below.discard(offset, length)
+
+    def before_compressed(self, offset: int, length: int) -> None:
+        self.group.admit(self._member, WRITE, length)
 
     def populate(self, offset: int, length: int, *, base: Node | None = None, everything: bool = False) -> int:
         self.group.admit(self._member, WRITE, length)
