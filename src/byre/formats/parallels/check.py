@@ -1,0 +1,175 @@
+"""Checking Parallels images, and mending them: in use, where the data begin, entries, the end of the file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ...units import SECTOR
+from ..abilities import CheckResult
+from .layout import IN_USE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .image import ParallelsNode
+
+__all__ = ["check_parallels", "finds_damage"]
+
+_MESSAGES: Final = 1000
+_PIECE: Final = 1 << 20
+
+
+def finds_damage(node: ParallelsNode) -> bool:
+    """Whether an entry points outside the file, or two to the same cluster."""
+    hosts = node.map.used()
+    return bool(_outside(node, hosts).any() or len(np.unique(hosts)) < len(hosts))
+
+
+def _outside(node: ParallelsNode, hosts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    outside: NDArray[np.bool_] = (hosts < node.map.space.base) | (hosts + node.cluster_size > node.file.size)
+    return outside
+
+
+def check_parallels(node: ParallelsNode, fix: str) -> CheckResult:
+    """What is wrong; with ``fix`` "leaks" the file is cut behind its last cluster, with "all" everything is mended."""
+    with node.lock:
+        node.check_failure()
+        if not node.read_only:
+            node.write_back()
+        checking = _Check(node, fix)
+        node.guarded(checking.run)
+        return checking.result()
+
+
+class _Check:
+    """One look at an image. ``end``: behind the last cluster in use, bytes."""
+
+    def __init__(self, node: ParallelsNode, fix: str) -> None:
+        self.node = node
+        self.fix = fix
+        self.mend = fix == "all"
+        self.corruptions = self.fixed = self.leaks = self.leaks_fixed = 0
+        self.end = 0
+        self.messages: list[str] = []
+
+    def bad(self, text: str) -> None:
+        if self.mend:
+            self.fixed += 1
+        else:
+            self.corruptions += 1
+        self.say(self.mend, text)
+
+    def say(self, mended: bool, text: str) -> None:
+        if len(self.messages) < _MESSAGES:
+            self.messages.append(f"{'Repairing' if mended else 'ERROR'} {text}")
+
+    def run(self) -> None:
+        node = self.node
+        unclean = node.header.in_use == IN_USE and not node._writing
+        if unclean:
+            self.bad("image was not closed correctly")
+        if not node.data_offset_right:
+            self.bad("data_off field has incorrect value")
+            if self.mend:
+                node.write_header(node.header._replace(data_sector=node.map.space.base // SECTOR))
+                node.data_offset_right = True
+        self._entries_outside()
+        self._duplicates()
+        if self.fixed:
+            node._write_back()
+        self._leaks()
+        if self.mend and (self.fixed or unclean) and not self.corruptions:
+            # Also where nothing else was wrong: the header is to say that the image was closed.
+            node.write_header(node.header._replace(in_use=IN_USE))
+            node.settle()
+
+    def _present(self) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """(indexes, host offsets) of the entries that have a cluster."""
+        entries = np.frombuffer(self.node.map.entries, np.uint32)
+        where = np.flatnonzero(entries)
+        return where, entries[where].astype(np.int64) * self.node.header.entry_unit
+
+    def _drop(self, indexes: list[int]) -> None:
+        for index in indexes:
+            self.node.map.entries[index] = 0
+            self.node.map.mark(index, 1)
+
+    def _entries_outside(self) -> None:
+        where, hosts = self._present()
+        outside = _outside(self.node, hosts)
+        lost = where[outside].tolist()
+        for index in lost:
+            self.bad(f"cluster {index} is outside image")
+        if self.mend:
+            self._drop(lost)
+        good = hosts[~outside]
+        base = self.node.map.space.base
+        self.end = int(good.max()) + self.node.cluster_size if len(good) else base
+        self.end = max(self.end, self._end_of_extension())
+        if self.fix:
+            # Nothing behind it may be cut off.
+            self.node.map.space.end = max(self.node.map.space.end, self.end)
+
+    def _end_of_extension(self) -> int:
+        """Behind the last cluster of the format extension, 0 without one: it is no leak."""
+        if not self.node.header.extension_sector:
+            return 0
+        from .extension import read_extension
+
+        sectors = [self.node.header.extension_sector]
+        for stored in read_extension(self.node):
+            sectors += [entry for entry in stored.table if entry > 1]
+        return max(sectors) * SECTOR + self.node.cluster_size
+
+    def _duplicates(self) -> None:
+        where, hosts = self._present()
+        inside = ~_outside(self.node, hosts)
+        where, hosts = where[inside], hosts[inside]
+        first = np.unique(hosts, return_index=True)[1]
+        again = np.ones(len(hosts), np.bool_)
+        again[first] = False
+        for index, host in zip(where[again].tolist(), hosts[again].tolist(), strict=True):
+            self.bad(f"duplicate offset in BAT entry {index}")
+            if self.mend:
+                self._part(index, host)
+
+    def _part(self, index: int, host: int) -> None:
+        """A cluster of its own for an entry that shares one, with the same content."""
+        node, found = self.node, self.node.map
+        to, _, _ = found.space.append(1)
+        for at in range(0, node.cluster_size, _PIECE):
+            piece = memoryview(bytearray(min(_PIECE, node.cluster_size - at)))
+            node.file.read_into(host + at, piece)
+            node.file.write_from(to + at, piece)
+        found.entries[index] = found.code.entry(to)
+        found.mark(index, 1)
+        self.end = max(self.end, to + node.cluster_size)
+
+    def _leaks(self) -> None:
+        node = self.node
+        size = node.file.size
+        if size <= self.end:
+            return
+        count = -(-(size - self.end) // node.cluster_size)
+        self.say(bool(self.fix), f"space leaked at the end of the image {size - self.end}")
+        if not self.fix or self.corruptions:
+            self.leaks += count
+            return
+        node.file.resize(self.end, exact=False)
+        node.map.space.end = self.end
+        self.leaks_fixed += count
+
+    def result(self) -> CheckResult:
+        node = self.node
+        _, hosts = self._present()
+        good = ~_outside(node, hosts)
+        # Runs end at an entry that has no cluster as well.
+        entries = np.frombuffer(node.map.entries, np.uint32).astype(np.int64) * node.header.entry_unit
+        follows = (entries[:-1] != 0) & (entries[1:] != 0) & (entries[:-1] + node.cluster_size != entries[1:])
+        return CheckResult(
+            corruptions=self.corruptions, leaks=self.leaks, corruptions_fixed=self.fixed, leaks_fixed=self.leaks_fixed,
+            image_end_offset=self.end, total_clusters=node.header.entries, allocated_clusters=int(good.sum()),
+            fragmented_clusters=int(follows.sum()), messages=tuple(self.messages),
+        )  # fmt: skip
