@@ -197,6 +197,9 @@ class _Conversion:
             self._copy(over_backing)
             return
         self._check_new()
+        if self._is_sink():
+            self._copy_to_sink(over_backing)
+            return
         made = MadeFiles(self.output, self.options, self._companions())
         try:
             self._create()
@@ -242,6 +245,38 @@ class _Conversion:
                 raise NotSupported("compression and encryption not supported at the same time")
             if self.options.get("preallocation", "off") != "off":
                 raise NotSupported("compression and preallocation not supported at the same time")
+
+    def _is_sink(self) -> bool:
+        """Whether the output is a pipe; "-" means standard output, but for scripts that know it as a file name."""
+        from ..protocols.sink import is_sink
+
+        return is_sink(self.output) or (self.output == "-" and not common.as_peer())
+
+    def _copy_to_sink(self, over_backing: bool) -> None:
+        """Write the new image from beginning to end, without looking back."""
+        from ..graph.graph import Graph
+        from ..image import Image
+        from ..jobs.convert import ConvertJob
+        from ..protocols.sink import Sink
+
+        module = driver(self.format).load()
+        if not hasattr(module, "open_stream"):
+            raise NotSupported(f"images of format {self.format!r} cannot be written to a pipe", where=self.output,
+                               hint="vmdk with subformat=streamOptimized can")  # fmt: skip
+        if self.mode != "none" and self.output == "-":
+            raise common.UsageError("-p cannot be used when the image goes to standard output")
+        options = {**self.options, "size": self.size}
+        values = declared_options(self.format).parse(options, what=f"format {self.format!r}")
+        with Sink(self.output) as sink:
+            graph = Graph()
+            node = module.open_stream(sink.write, values, self.output)
+            graph.add(node)
+            with Image(node, graph, read_only=False) as target:
+                job = ConvertJob(self.sources, target, self.settings, target_is_new=True, over_backing=over_backing,
+                                 speed=self.rate, measure=self.mode != "none")  # fmt: skip
+                with Display(job.control, "convert", self.mode):
+                    job.execute()
+            node.finish()
 
     def _companions(self) -> list[str]:
         """Files that the target consists of, besides the one the user names."""

@@ -13,12 +13,15 @@ from ...options import Option, OptionSet, OptionValues
 from ...typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...graph.creating import CreateRequest
     from ...graph.node import Node
     from ...graph.opening import OpenRequest
+    from .stream import StreamNode
 
 __all__ = ["CAN_COMPRESS", "CHILDREN", "CREATE_OPTIONS", "CREATE_PRINT_ORDER", "OPTIONS", "check_create", "create",
-           "created_files", "matches", "open_node"]  # fmt: skip
+           "created_files", "matches", "open_node", "open_stream"]  # fmt: skip
 
 CHILDREN: Final = ("file", "backing", "extents")
 
@@ -82,6 +85,13 @@ def create(request: CreateRequest) -> None:
     from .creation import create_vmdk
 
     create_vmdk(request)
+
+
+def open_stream(write: Callable[[bytes], None], options: OptionValues, filename: str) -> StreamNode:
+    """The target of a copy that goes to ``write`` from beginning to end, and is complete after ``finish()``."""
+    from .stream import StreamNode
+
+    return StreamNode(write, options, filename)
 
 
 def created_files(filename: str, options: OptionValues) -> list[str]:

@@ -17,11 +17,13 @@ from .descriptor import NO_PARENT, Descriptor, ExtentLine, check_name, encode_de
 from .tables import encode_entries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ...graph.creating import CreateRequest
     from ...graph.node import Node
     from ...options import OptionValues
 
-__all__ = ["Plan", "create_vmdk", "extent_names", "extent_sizes", "new_header", "plan"]
+__all__ = ["Plan", "create_vmdk", "extent_names", "extent_sizes", "new_descriptor", "new_header", "plan"]
 
 GRAIN_SECTORS: Final = 128
 TABLE_ENTRIES: Final = 512
@@ -157,16 +159,8 @@ def create_vmdk(request: CreateRequest) -> None:
     made = plan(request.options)
     parent_cid = _parent_cid(request, made.parent_name) if made.parent_name else NO_PARENT
     names = extent_names(request.filename, request.options)
-    kind = "FLAT" if made.flat else "SPARSE"
-    shown = names or [_basename(request.filename)]
-    for name in shown:
-        check_name(name)
     sizes = extent_sizes(made.subformat, made.size)
-    parts = zip(shown, sizes, strict=False)
-    lines = [extent_line(ExtentLine("RW", size // SECTOR, kind, name)) for name, size in parts]
-    cid = int.from_bytes(os.urandom(4), "little") % (NO_PARENT - 1)
-    descriptor = Descriptor(cid, parent_cid, made.subformat, made.parent_name, tuple(lines))
-    text = encode_descriptor(descriptor, made.database)
+    text = new_descriptor(made, request.filename, names, parent_cid)
     if not made.separate:
         _write_sparse(request.file, made, made.size, text)
     else:
@@ -175,6 +169,23 @@ def create_vmdk(request: CreateRequest) -> None:
         request.file.write_from(0, memoryview(text))
         request.file.resize(len(text), exact=False)
     request.file.flush()
+
+
+def new_descriptor(made: Plan, filename: str, names: Sequence[str] = (), parent_cid: int = NO_PARENT) -> bytes:
+    """The text, with a content ID of its own.
+
+    :param names: of the extent files; the disk is ``filename`` alone without them
+    :raises InvalidArgument: names that a descriptor cannot hold
+    """
+    shown = names or [_basename(filename)]
+    for name in shown:
+        check_name(name)
+    kind = "FLAT" if made.flat else "SPARSE"
+    parts = zip(shown, extent_sizes(made.subformat, made.size), strict=False)
+    lines = [extent_line(ExtentLine("RW", size // SECTOR, kind, name)) for name, size in parts]
+    cid = int.from_bytes(os.urandom(4), "little") % (NO_PARENT - 1)
+    descriptor = Descriptor(cid, parent_cid, made.subformat, made.parent_name, tuple(lines))
+    return encode_descriptor(descriptor, made.database)
 
 
 def _parent_cid(request: CreateRequest, name: str) -> int:

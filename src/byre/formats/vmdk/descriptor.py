@@ -10,8 +10,16 @@ from ...errors import ImageError, InvalidArgument, NotSupported, printable
 from ...typing import Final, NamedTuple
 from .layout import MAX_DESCRIPTOR, MAX_SECTORS
 
-__all__ = ["NO_PARENT", "Descriptor", "ExtentLine", "check_name", "decode_descriptor", "decode_extent_line",
-           "encode_descriptor", "looks_like_descriptor"]  # fmt: skip
+__all__ = [
+    "NO_PARENT",
+    "Descriptor",
+    "ExtentLine",
+    "check_name",
+    "decode_descriptor",
+    "encode_descriptor",
+    "looks_like_descriptor",
+    "parse_extent_line",
+]  # fmt: skip
 
 NO_PARENT: Final = 0xFFFFFFFF
 MAX_EXTENTS: Final = 4096
@@ -75,7 +83,7 @@ class Descriptor(NamedTuple):
         """
         if len(self.extent_lines) > MAX_EXTENTS:
             raise ImageError(f"the descriptor has {len(self.extent_lines)} extents, allowed are {MAX_EXTENTS}")
-        found = tuple(map(decode_extent_line, self.extent_lines))
+        found = tuple(map(parse_extent_line, self.extent_lines))
         if not any(extent.type != "ZERO" for extent in found):
             raise ImageError("the descriptor names no extent that holds anything")
         if sum(extent.sectors for extent in found) > MAX_SECTORS:
@@ -168,7 +176,7 @@ def _content_id(values: dict[str, tuple[bytes, int]], key: str) -> tuple[int, in
     return int(digits, 16), at + quoted, len(digits)
 
 
-def decode_extent_line(line: str) -> ExtentLine:
+def parse_extent_line(line: str) -> ExtentLine:
     """``ACCESS SECTORS TYPE "NAME" [OFFSET ...]``.
 
     :raises ImageError: it cannot be understood
@@ -235,6 +243,6 @@ def encode_descriptor(descriptor: Descriptor, database: dict[str, str]) -> bytes
 
 
 def extent_line(extent: ExtentLine) -> str:
-    """The inverse of :func:`decode_extent_line`."""
+    """The inverse of :func:`parse_extent_line`."""
     offset = f" {extent.offset}" if extent.type == "FLAT" else ""
     return f'{extent.access} {extent.sectors} {extent.type} "{extent.name}"{offset}'

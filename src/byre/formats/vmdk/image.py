@@ -313,7 +313,7 @@ class VmdkNode(FormatNode):
     # -- streams ----------------------------------------------------------------------------------
 
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
-        if not self.needs_compressed_writes:
+        if not self.needs_compressed_writes or self.read_only:
             engine.write(self, offset, buffer, flags)
         elif self.detect_zeroes != "off" and is_zero(buffer):
             engine.write_zeroes(self, offset, len(buffer), flags)
