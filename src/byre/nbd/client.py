@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from _thread import allocate_lock
+from array import array
 from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError, IOFailure, ProtocolError
@@ -314,6 +315,9 @@ class Connection:
             raise ProtocolError(f"a block status that announces {count} extents has {length} bytes")
         place = request.place_for_status(context, length - head, extended)
         self._input.payload(memoryview(place))
+        # Lengths and flags take turns; zero is zero in any byte order.
+        if 0 in array("Q" if extended else "I", place)[::2]:
+            raise ProtocolError(f"the server answers a {request.describe()} with an empty extent")
 
     def _error(self, request: Request, kind: int, length: int) -> None:
         data = bytes(self._input.take(length))

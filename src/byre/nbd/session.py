@@ -37,7 +37,7 @@ PATIENCE: Final = 600.0
 """Seconds a server may be silent while it owes replies."""
 MAX_CONNECTIONS: Final = 16
 IN_FLIGHT: Final = 16
-"""Pieces of one large request that are on their way at once."""
+"""Parts of one large request that are on their way at once."""
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0

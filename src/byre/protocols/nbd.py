@@ -264,9 +264,14 @@ class NbdNode(Node):
             return Extent(offset, length, DATA, offset)
         start = align_down(offset, self._unit)
         asked = min(align_up(offset + length, self._unit) - start, self._most_status)
-        lengths, flags = self._ask_status(start, asked, wire.CMD_FLAG_REQ_ONE)
-        kind, source = self._meaning(int(flags[0]))
-        return Extent(offset, max(min(start + int(lengths[0]) - offset, length), 1), kind, offset, source)
+        payload = self._ask_status(start, asked, wire.CMD_FLAG_REQ_ONE)
+        half = 8 if self.client.info.extended else 4
+        size = int.from_bytes(payload[:half], "big")
+        if size % self._unit and size < asked:
+            # An extent ends where a block does; from a server that has it otherwise, it is data.
+            return Extent(offset, min(align_up(start + size, self._unit) - offset, length), DATA, offset)
+        kind, source = self._meaning(int.from_bytes(payload[half : 2 * half], "big"))
+        return Extent(offset, min(start + size - offset, length), kind, offset, source)
 
     def extents(self, offset: int, length: int) -> ExtentMap:
         """All of a range in few requests; past a million pieces the rest is called data."""
@@ -283,7 +288,7 @@ class NbdNode(Node):
         flags: list[NDArray[np.int64]] = []
         first, rows = at, 0
         while at < stop and rows < _ROW_LIMIT:
-            found, states = self._ask_status(at, min(stop - at, self._most_status), 0)
+            found, states = self._statuses(at, min(stop - at, self._most_status, self._size - at))
             lengths.append(found)
             flags.append(states)
             at += int(found.sum())
@@ -296,22 +301,24 @@ class NbdNode(Node):
             columns = ExtentMap.concatenate((columns, ExtentMap.single(end, offset + length - end, ZERO)))
         return columns.coalesced()
 
-    def _ask_status(self, offset: int, length: int, flags: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(lengths, flags) of extents from ``offset``, cut at ``length``.
+    def _ask_status(self, offset: int, length: int, flags: int) -> bytearray:
+        """(length, flags) pairs of 64 or 32 bits; none is empty.
 
-        :raises ByreError: the server reports an error, or an empty extent
+        :raises ByreError: the server reports an error
         """
-        import numpy as np
-
         assert self._context is not None
         length = min(length, self._size - offset)
         request = Request(wire.CMD_BLOCK_STATUS, offset, length, flags, contexts=(self._context,))
         self.client.run_one(request)
         assert request.status is not None
+        return request.status[self._context]
+
+    def _statuses(self, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(lengths, flags) of extents from ``offset``, cut at ``length``."""
+        import numpy as np
+
         code = ">u8" if self.client.info.extended else ">u4"
-        pairs = np.frombuffer(request.status[self._context], code).reshape(-1, 2)
-        if flags & wire.CMD_FLAG_REQ_ONE:
-            pairs = pairs[:1]
+        pairs = np.frombuffer(self._ask_status(offset, length, 0), code).reshape(-1, 2)
         # An extent may reach beyond what was asked for, and in one step: nothing behind it counts.
         sizes = np.minimum(pairs[:, 0], length).astype(np.int64)
         ends = np.cumsum(sizes)
