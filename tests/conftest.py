@@ -72,3 +72,15 @@ def qemu_io_path() -> str:
 def ewfacquire() -> Run:
     """Makes forensic images (Debian package ewf-tools)."""
     return _runner("ewfacquire")
+
+
+@pytest.fixture
+def fsck_fat() -> Run:
+    """Checks FAT file systems (Debian package dosfstools)."""
+    return _runner("fsck.fat")
+
+
+@pytest.fixture
+def mcopy() -> Run:
+    """Copies files out of FAT file systems (Debian package mtools)."""
+    return _runner("mcopy")
