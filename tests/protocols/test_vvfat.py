@@ -193,7 +193,8 @@ def test_short_names() -> None:
         ("a long name.tar.gz", b"ALONGN~1GZ "),
         ("a long name.tar.gzip", b"ALONGN~1GZI"),
         (".profile", b"PROFIL~1   "),
-        ("ß", b"_~1        "),
+        ("ß", b"SS         "),
+        ("日", b"_~1        "),
         ("...", b"_~2        "),
     ):
         made = short_name(name, taken)
