@@ -34,7 +34,7 @@ CHILDREN: Final = ("file",)
 
 def open_node(request: OpenRequest) -> CopyOnReadNode:
     _check_writable(request.flags.read_only)
-    below = request.open_child("file", flags=request.flags)
+    below = request.open_child("file", flags=request.flags._replace(detect_zeroes="off"))
     bottom = request.options.text("bottom") or ""
     node = CopyOnReadNode(bottom=bottom, name=request.name, graph=request.opener.graph)
     open_filtered(request, node, "file", below)

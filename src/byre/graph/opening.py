@@ -356,7 +356,10 @@ class Opener:
                 changes["unmap"] = value in ("unmap", "on")
             elif option.name == "node-name":
                 rest["node-name"] = value
-        return flags._replace(**changes), rest  # type: ignore[arg-type]
+        changed = flags._replace(**changes)  # type: ignore[arg-type]
+        if changed.detect_zeroes == "unmap" and not changed.unmap:
+            raise InvalidArgument("detect-zeroes=unmap needs discard=unmap: what may not be discarded is not unmapped")
+        return changed, rest
 
     def _open_row(self, row: Driver, given: dict[str, object], flags: OpenFlags, implicit: bool,
                   file: Node | None, protocol: bool = False) -> Node:  # fmt: skip
@@ -382,6 +385,10 @@ class Opener:
         node: Node = module.open_node(request)
         node.driver = row.name
         node.options = dict(given)
+        if own.detect_zeroes != "off":
+            from .zeroes import detect_zeroes
+
+            detect_zeroes(node, own.detect_zeroes)
         if "backing" in rest and hasattr(node, "backing_name"):
             node.backing_override = rest["backing"]  # type: ignore[attr-defined]
         if self.graph.nodes.get(node.name) is not node:
