@@ -504,7 +504,8 @@ def resolve_backing(overlay: str, name: str) -> str:
         raise InvalidArgument(f"relative backing file {name!r} has no folder to start from")
     if overlay.startswith("file:"):
         overlay = str(parse_filename(overlay)["filename"])
-    if overlay.startswith("json:"):
+    row = by_prefix(overlay.partition(":")[0]) if has_protocol(overlay) else None
+    if overlay.startswith("json:") or (row is not None and row.name == "nbd"):  # the names of exports are no paths
         raise InvalidArgument(f"relative backing file {name!r} has no folder to start from", where=overlay)
     if has_protocol(overlay):
         prefix = overlay.rpartition("/")[0]

@@ -82,11 +82,11 @@ class _Line:
     :param accept: raises what is wrong with a new connection's export
     """
 
-    def __init__(self, settings: Settings, accept: Callable[[Negotiated], None], first: Connection | None) -> None:
+    def __init__(self, settings: Settings, accept: Callable[[Negotiated], None], first: Connection) -> None:
         self._settings = settings
         self._accept = accept
         self._changed = threading.Condition(threading.Lock())
-        self._connection = first
+        self._connection: Connection | None = first
         self._closed = False
         self._connecting = False
         self._lost_at = 0.0
@@ -97,8 +97,9 @@ class _Line:
 
     @property
     def load(self) -> int:
+        """Requests in flight; very many for a line that is down."""
         connection = self._connection
-        return connection.load if connection is not None else 0
+        return connection.load if connection is not None and connection.error is None else 1 << 62
 
     def connection(self) -> Connection:
         """A connection that works, made now if there is none and its time has come.
@@ -195,10 +196,23 @@ class Client:
                                or str(settings.address))  # fmt: skip
         first = _open(settings)
         self.info = first.info
-        count = min(settings.connections, MAX_CONNECTIONS)
-        if not self.info.flags & wire.TRANSMISSION_MULTI_CONN:
-            count = 1
-        self._lines = [_Line(settings, self._accept, first if index == 0 else None) for index in range(max(count, 1))]
+        self._lines = [_Line(settings, self._accept, first)]
+        if self.info.flags & wire.TRANSMISSION_MULTI_CONN:
+            self._add_lines(min(settings.connections, MAX_CONNECTIONS) - 1)
+
+    def _add_lines(self, count: int) -> None:
+        """More connections, as many as the server takes: it may allow fewer at a time."""
+        for _ in range(count):
+            try:
+                connection = self.settings.connect(self.settings.handshake_limit)
+            except ByreError:
+                return
+            try:
+                self._accept(connection.info)
+            except ByreError:
+                connection.close()
+                return
+            self._lines.append(_Line(self.settings, self._accept, connection))
 
     def _accept(self, info: Negotiated) -> None:
         """:raises ProtocolError: a connection to something else than before"""
@@ -244,13 +258,16 @@ class Client:
 
     def _submit(self, request: Request) -> Connection | None:
         """Send on the least busy connection; ``None`` if there is none at the moment."""
-        lines = self._lines
-        line = lines[0] if len(lines) == 1 else min(lines, key=_load)
         try:
-            connection = line.connection()
+            connection = self._line().connection()
         except ByreError:
             return None
         return connection if connection.submit(request) else None
+
+    def _line(self) -> _Line:
+        """The least busy one that works; the first one if none does."""
+        lines = self._lines
+        return lines[0] if len(lines) == 1 else min(lines, key=_load)
 
     def _settle(self, request: Request, connection: Connection | None) -> ByreError | None:
         """Wait for the reply, sending again for as long as that makes sense; what became of it."""
@@ -263,8 +280,7 @@ class Client:
                 if monotonic() >= give_up:
                     return self._broken(request, connection.error)
             try:
-                line = min(self._lines, key=_load)
-                following = line.connection()
+                following = self._line().connection()
             except ByreError as error:
                 return self._broken(request, error)
             connection = following if following.submit(request) else None

@@ -84,6 +84,9 @@ def settings_of(request: OpenRequest, context: str) -> Settings:
     :raises ByreError: options that contradict each other, credentials that are missing or unusable
     """
     options = request.options
+    for name in ("export", "x-dirty-bitmap"):
+        if len((options.text(name) or "").encode(errors="surrogateescape")) > wire.MAX_STRING:
+            raise InvalidArgument(f"{name} is longer than {wire.MAX_STRING} bytes")
     address = _address(options)
     security = _security(request, address)
     return Settings(
