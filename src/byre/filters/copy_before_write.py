@@ -21,11 +21,11 @@ from ..io.extent import MAY_UNMAP
 from ..io.workers import spawn
 from ..options import Option, OptionSet
 from ..units import KIB, MIB
-from .base import FilterNode, open_filtered
+from .base import NotifyingFilter, open_filtered
 from .point_in_time import PointInTime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from ..bitmaps.bitmap import Bitmap
     from ..graph.child import Child
@@ -101,7 +101,7 @@ def cluster_for(target: Node, least: int = 0) -> int:
     return max(LEAST_CLUSTER, least, int(getattr(skip_filters(target), "cluster_size", 0)))
 
 
-class CopyBeforeWriteNode(FilterNode):
+class CopyBeforeWriteNode(NotifyingFilter):
     """Copies to ``target`` what writes, zero writes and discards are about to replace in ``file``.
 
     :ivar state: what is copied; made by :meth:`begin`
@@ -145,28 +145,7 @@ class CopyBeforeWriteNode(FilterNode):
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
-        self._before_write(offset, len(buffer))
-        self.below.write_from(offset, buffer, flags)
-
-    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
-        self._before_write(offset, sum(map(len, buffers)))
-        self.below.writev_from(offset, buffers, flags)
-
-    def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        self._before_write(offset, length)
-        self.below.write_zeroes(offset, length, flags)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._before_write(offset, length)
-        self.below.discard(offset, length)
-
-    def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
-        raise Busy("the size cannot change while the disk is copied before writes", where=self.filename)
-
-    # -- copying ----------------------------------------------------------------------------------
-
-    def _before_write(self, offset: int, length: int) -> None:
+    def before_write(self, offset: int, length: int) -> None:
         """Return when nobody needs what is in the range now.
 
         :raises ByreError: it could not be copied, and the earlier state counts for more than the write
@@ -186,6 +165,11 @@ class CopyBeforeWriteNode(FilterNode):
                 return
             error.message = f"cannot copy the old content before writing: {error.message}"
             raise
+
+    def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
+        raise Busy("the size cannot change while the disk is copied before writes", where=self.filename)
+
+    # -- copying ----------------------------------------------------------------------------------
 
     def _copy_range(self, offset: int, length: int) -> None:
         state = self.state
