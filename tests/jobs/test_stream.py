@@ -86,6 +86,7 @@ def test_random_chains(seed: int) -> None:
         at = chooser.randint(level + 1, len(layers))
         base = layers[at] if at < len(layers) else None
         expected = holds(node, base)
+        least = min(layer.size for layer in layers[level + 1 :])
         unit = node.zero_unit  # type: ignore[attr-defined]
         if chooser.random() < 0.5:
             job = StreamJob(image.graph, node, bottom=layers[at - 1]) if at > level + 1 else StreamJob(
@@ -99,8 +100,11 @@ def test_random_chains(seed: int) -> None:
         assert node.read_only == (level > 0)
         found = holds(node, base)
         for start in range(0, len(found), unit // 512):
-            # A unit is copied whole where a part of it is held above the base.
-            assert any(found[start : start + unit // 512]) == any(expected[start : start + unit // 512])
+            # A unit is copied whole where a part of it is held above the base; what lies behind the end of a layer
+            # below need not be.
+            wanted = any(expected[start : start + unit // 512])
+            if start * 512 < least or not wanted:
+                assert any(found[start : start + unit // 512]) == wanted
         changed = node.filename
     assert content(Layer("top", "qcow2")) == before
     for layer in (Layer("top", "qcow2"), *old):

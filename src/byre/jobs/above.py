@@ -28,10 +28,13 @@ def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: i
     Data is cut at multiples of ``chunk``, zeroes at multiples of 1 GiB. What is passed over counts as done. The
     graph is looked at a window at a time, each as it is then.
 
-    :param top_too: with what the top layer holds; otherwise only what it shows of those below it
+    :param top_too: with what the top layer holds; otherwise only what it shows of those below it, and of the zeroes
+        that a layer shows behind its end only those that hide something of the base
     """
     size = handle.size
     stride = Stride([handle.node])
+    shown = size if top_too else base.size if base is not None else 0
+    ends = [max(layer.size, shown) for layer in chain.layers(handle.node)]
     position = 0
     for offset, length in stride.windows(0, size):
         found = _window(handle, base, offset, length)
@@ -39,10 +42,14 @@ def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: i
         due = found.kind != UNALLOCATED
         if not top_too:
             due &= found.depth > 0
-        for extent in found.take(due.nonzero()[0]):
+        rows = found.take(due.nonzero()[0])
+        for extent, depth in zip(rows, rows.depth.tolist(), strict=True):
+            stop = min(extent.end, ends[depth])
+            if extent.offset >= stop:
+                continue
             if extent.offset > position:
                 control.count(extent.offset - position, 0)
-            position = extent.end
+            position = stop
             yield from chain.windows(extent.offset, position, _ZERO_STEP if extent.kind == ZERO else chunk)
     control.count(size - position, 0)
 
