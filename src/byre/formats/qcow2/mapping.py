@@ -119,9 +119,11 @@ class Mapping(Lookup):
     # -- reserve ----------------------------------------------------------------------------------
 
     def in_place(self, offset: int, length: int) -> int:
-        """Where a range inside one plain cluster, owned by the active layer alone, lies; -1 otherwise."""
+        """Where a range inside plain clusters in one piece, owned by the active layer alone, lies; -1 otherwise."""
         skip = offset & (self.cluster_size - 1)
-        if self.extended or skip + length > self.cluster_size:
+        count = (skip + length - 1 >> self.cluster_bits) + 1
+        index = offset >> self.cluster_bits & self.l2_mask
+        if self.extended or index + count > self.l2_mask + 1:
             return -1
         l1_index = offset >> self.span_bits
         entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
@@ -129,10 +131,14 @@ class Mapping(Lookup):
         if not entry & COPIED or table is None or table.words is None:
             return -1
         table.used = True
-        word = table.words[offset >> self.cluster_bits & self.l2_mask]
+        word = table.words[index]
         host = word & OFFSET_MASK
         if not word & COPIED or word & (COMPRESSED | ZERO) or not host or host & (self.cluster_size - 1):
             return -1
+        for number in range(1, count):
+            step = number << self.cluster_bits
+            if table.words[index + number] != word + step or not (self.data_file or self._is_harmless(host + step)):
+                return -1
         return host + skip if self.data_file or self._is_harmless(host) else -1
 
     def reserve(self, offset: int, length: int) -> list[Placement]:
