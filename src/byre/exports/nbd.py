@@ -117,6 +117,14 @@ class NbdExport(Export):
 
     # -- requests ---------------------------------------------------------------------------------
 
+    def in_file(self) -> bool:
+        node = self.image.begin_batch()
+        try:
+            # A format that says nothing of its first byte may do so of others, where nobody writes to it.
+            return node.file_range(0, 1) is not None or (node.layered and node.read_only)
+        finally:
+            self.image.end_batch(*_NOTHING)
+
     def begin(self) -> Batch:
         image = self.image
         node = image.begin_batch()

@@ -62,6 +62,9 @@ class Disk(Protocol):
     def offer(self) -> Offer:
         """What clients are told."""
 
+    def in_file(self) -> bool:
+        """Whether what is read lies in a file as it is, so that :meth:`pieces` are worthwhile."""
+
     def begin(self) -> Batch:
         """Several short requests follow; nothing in between may wait for a client."""
 

@@ -42,23 +42,29 @@ class ReadAnswers:
         self._replies = replies
         self._share = share
 
-    def answer(self, request: Request, scratch: memoryview | None = None) -> None:
+    def answer(self, request: Request, scratch: memoryview | None = None, owed: bytes = b"") -> bytes:
         """Read and send.
 
         :param scratch: memory of at least ``PIECE`` bytes
+        :param owed: to be sent before, also if nothing else is
+        :returns: the end of the answer, still to be sent
         :raises ByreError: nothing was sent yet, or chunks that an error may follow
         :raises OSError: the connection broke
         """
         length = request.length
         small = length <= SMALL_READ or (length <= PIECE and not self._link.can_send_files)
-        if small or (length <= PIECE and request.flags & wire.CMD_FLAG_DF):
+        whole = small or (length <= PIECE and request.flags & wire.CMD_FLAG_DF)
+        if not whole and self._replies.structured and not request.flags & wire.CMD_FLAG_DF:
+            return self._chunks(request, scratch, owed)
+        if owed:
+            self._link.send((owed,))
+        if whole:
             self._whole(request, scratch)
-        elif not self._replies.structured:
-            self._simple(request, scratch)
-        elif request.flags & wire.CMD_FLAG_DF:
+        elif self._replies.structured:
             self._unfragmented(request)
         else:
-            self._chunks(request, scratch)
+            self._simple(request, scratch)
+        return b""
 
     def _whole(self, request: Request, memory: memoryview | None) -> None:
         _, _, cookie, offset, length = request
@@ -80,13 +86,14 @@ class ReadAnswers:
 
     # -- chunks -----------------------------------------------------------------------------------
 
-    def _chunks(self, request: Request, scratch: memoryview | None) -> None:
+    def _chunks(self, request: Request, scratch: memoryview | None, owed: bytes) -> bytes:
         _, _, cookie, offset, length = request
         replies, link = self._replies, self._link
-        pieces = self._disk.pieces(offset, length, in_file=link.can_send_files, holes=True)
-        waiting: list[Buffer] = []
+        waiting: list[Buffer] = [owed]
+        pieces: list[Piece] = []
         at = offset
         try:
+            pieces = self._disk.pieces(offset, length, in_file=link.can_send_files, holes=True)
             for piece in pieces:
                 if piece.kind == ZERO:
                     waiting.append(replies.hole(cookie, offset, at, piece.length))
@@ -96,16 +103,18 @@ class ReadAnswers:
                     waiting.clear()
                     if failure:
                         text = f"cannot read: {os.strerror(failure)}"
-                        number = wire.to_wire_error(failure)
-                        link.send((replies.error_at(cookie, offset, number, text, at),))
-                        return
+                        return replies.error_at(cookie, offset, wire.to_wire_error(failure), text, at)
                 else:
                     scratch = Arena(PIECE).view if scratch is None else scratch
                     self._read_piece(request, at, piece.length, scratch, waiting)
                 at += piece.length
-            link.send((b"".join((*waiting, replies.done(cookie, offset))),))
+        except ByreError:
+            if waiting:
+                link.send((b"".join(waiting),))
+            raise
         finally:
             _close(pieces)
+        return b"".join((*waiting, replies.done(cookie, offset)))
 
     def _read_piece(self, request: Request, at: int, length: int, scratch: memoryview, waiting: list[Buffer]) -> None:
         """``length`` bytes from ``at``, a chunk for each buffer full; ``waiting`` goes first."""
@@ -115,7 +124,7 @@ class ReadAnswers:
             data = scratch[: min(PIECE, end - at)]
             self._disk.read_into(at, data)
             head = self._replies.data_chunk(cookie, offset, at, len(data), last=False)
-            self._link.send((*waiting, head, data))
+            self._link.send((b"".join((*waiting, head)), data))
             waiting.clear()
             at += len(data)
 

@@ -36,6 +36,8 @@ PAYLOAD_SECONDS: Final = 30.0
 IN_SIZE: Final = 288 << 10
 """The input buffer: a write of 256 KiB, and some headers."""
 OUT_SIZE: Final = 512 << 10
+SEND_AT: Final = 64 << 10
+"""So many bytes of answers are sent although more could be added: the client works on them meanwhile."""
 SPARE_SIZE: Final = 4 << 20
 """The largest payload whose buffer is kept for the next one."""
 MAX_EXTENTS: Final = 1 << 17
@@ -79,6 +81,11 @@ class Transmission:
         self._rest = agreement.rest
         self._leaving = False
         self._idle = False
+        #: A longer read may go from a file to the socket; else it is answered from the batch's buffer as well.
+        self._quick_read = SMALL_READ if link.can_send_files and disk.in_file() else PIECE
+        self._writes_wait = False
+        #: The end of an answer, which goes with the next one.
+        self._owed = b""
         #: Bytes that the request at the front of the input needs; 0 if that is not known yet.
         self._needed = 0
         self.stopping = False
@@ -226,7 +233,13 @@ class Transmission:
                 before, at = at, self._take_other(at, end)
                 if at == before:
                     break
+        self._send_owed()
         return at
+
+    def _send_owed(self) -> None:
+        if self._owed:
+            owed, self._owed = self._owed, b""
+            self._link.send((owed,))
 
     def _take_quick(self, at: int, end: int) -> tuple[int, int]:
         """Answer requests as long as that takes no waiting; where the next one begins, and what to do with it."""
@@ -235,20 +248,22 @@ class Transmission:
         unpack, magic, head = replies.request.unpack_from, replies.request_magic, replies.request.size
         put_data_head, data_head = replies.put_data_head, replies.data_head
         put_done, done_size = replies.put_done, replies.done_size
+        quick_read = self._quick_read
         filled = reads = bytes_read = writes = bytes_written = 0
         state = _DONE
         failed: tuple[Request, ByreError] | None = None
         started = perf_counter_ns()
         size, read_cached, write = disk.begin()
+        self._writes_wait = write is None
         if self._size < size:
             size = self._size
         try:
             while end - at >= head:
                 found, flags, command, cookie, offset, length = unpack(source, at)
-                if command == 0 and not flags and found == magic and length <= SMALL_READ and offset + length <= size:
+                if command == 0 and not flags and found == magic and length <= quick_read and offset + length <= size:
                     start = filled + data_head
                     stop = start + length
-                    if stop > OUT_SIZE:
+                    if filled > SEND_AT or stop > OUT_SIZE:
                         state = _AGAIN
                         break
                     if read_cached(offset, out[start:stop]):
@@ -287,7 +302,8 @@ class Transmission:
         finally:
             disk.end(reads, bytes_read, writes, bytes_written, started)
         if filled:
-            self._link.send((out[:filled],))
+            self._link.send((self._owed, out[:filled]) if self._owed else (out[:filled],))
+            self._owed = b""
         if failed is not None:
             self._fail(*failed)
         return at, state
@@ -333,7 +349,9 @@ class Transmission:
             self._fail(request, error)
             return False
         if self._is_here(request, alone):
-            self._carry_out(_Task(request, payload), self._output.view)
+            if request.command != wire.CMD_READ:
+                self._send_owed()
+            self._owed = self._carry_out(_Task(request, payload), self._output.view, self._owed)
             return False
         if held:
             self._workers.submit(_Task(request, payload, held))
@@ -350,11 +368,8 @@ class Transmission:
         command, flags = request.command, request.flags
         if command == wire.CMD_FLUSH or flags & wire.CMD_FLAG_FUA:
             return False  # waits for the disk, and others need not wait for that
-        if command == wire.CMD_WRITE:
-            batch = self._disk.begin()
-            self._disk.end(0, 0, 0, 0, 0)
-            if batch.write is not None:
-                return True
+        if command == wire.CMD_WRITE and not self._writes_wait:
+            return True
         if command == wire.CMD_READ and self._seems_cached(request):
             return True
         return alone and not self._workers.pending
@@ -376,24 +391,27 @@ class Transmission:
         """In a worker's thread."""
         try:
             if not self.stopping:
-                self._carry_out(task, None)
+                owed = self._carry_out(task, None)
+                if owed:
+                    self._link.send((owed,))
         except OSError:
             pass  # the connection is gone; the receiving thread finds out as well
         finally:
             if task.held:
                 self._share.give_back(task.held)
 
-    def _carry_out(self, task: _Task, scratch: memoryview | None) -> None:
+    def _carry_out(self, task: _Task, scratch: memoryview | None, owed: bytes = b"") -> bytes:
         """Carry out a request and send its answer.
 
         :param scratch: memory to read into, at least ``PIECE`` bytes
+        :param owed: to be sent before
+        :returns: the end of the answer, still to be sent
         :raises OSError: the connection broke
         """
         request = task.request
         try:
             if request.command == wire.CMD_READ:
-                self._reads.answer(request, scratch)
-                return
+                return self._reads.answer(request, scratch, owed)
             if request.command == wire.CMD_BLOCK_STATUS:
                 answer: list[Buffer] = self._block_status(request, task.payload)
             else:
@@ -403,8 +421,9 @@ class Transmission:
             raise
         except Exception as error:
             self._fail(request, checks.as_failure(error))
-            return
+            return b""
         self._link.send(answer)
+        return b""
 
     def _change(self, request: Request, payload: memoryview | None, scratch: memoryview | None) -> None:
         """Requests that have no answer but success."""
