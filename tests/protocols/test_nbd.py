@@ -82,6 +82,28 @@ class TestWithoutZeroes(Contract):
             yield from used(server.uri)
 
 
+class TestByre(Contract):
+    """byre's own server: extended headers, status of any length."""
+
+    @pytest.fixture
+    def node(self, tmp_path: Path) -> Iterator[Node]:
+        from byre.exports.nbd import NbdExport
+        from byre.nbd.server import Server
+        from byre.protocols.memory import MemoryNode
+
+        graph, server = Graph(), Server()
+        memory = MemoryNode(self.content)
+        graph.add(memory)
+        with byre.Image(memory, graph, read_only=False) as image:
+            export = NbdExport(image, "disk", writable=True)
+            server.add(export)
+            server.listen_unix(str(tmp_path / "s"))
+            server.start()
+            yield from used(f"nbd+unix:///disk?socket={tmp_path / 's'}")
+            server.stop()
+            export.close()
+
+
 @pytest.mark.oracle
 class TestQemuNbd(Contract):
     @pytest.fixture
