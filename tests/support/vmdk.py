@@ -46,10 +46,12 @@ def _grains(content: bytes, grain: int) -> list[bytes]:
 
 
 def hosted(content: bytes, *, grain: int = 65536, per_table: int = 512, redundant: bool = True,
-           zero_grains: bool = False, version: int = 1, seed: int = 1, missing_tables: bool = False,
+           zero_grains: bool = False, fill: bool = True, version: int = 1, seed: int = 1, missing_tables: bool = False,
            text: bytes | None = None) -> bytes:  # fmt: skip
     """A sparse extent whose grains lie in random order; zeroes are left out (or zero grains).
 
+    :param zero_grains: the extent may have them
+    :param fill: zeroes are zero grains then; otherwise they are left out
     :param missing_tables: tables with nothing in them are left out
     """
     sectors = len(content) // SECTOR
@@ -64,7 +66,7 @@ def hosted(content: bytes, *, grain: int = 65536, per_table: int = 512, redundan
     start = -(-overhead * SECTOR // grain) * grain
     order = [index for index, part in enumerate(grains) if any(part)]
     random.Random(seed).shuffle(order)
-    entries = [1 if zero_grains else 0] * (tables * per_table)
+    entries = [1 if zero_grains and fill else 0] * (tables * per_table)
     for place, index in enumerate(order):
         entries[index] = (start + place * grain) // SECTOR
     body = bytearray(start + len(order) * grain)

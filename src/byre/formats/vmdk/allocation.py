@@ -166,11 +166,16 @@ class Allocator:
     def _table(self, index: int) -> array[int]:
         """The table to change; a new one where there is none."""
         tables = self.extent.tables
-        if not tables.host(index):
-            return tables.add(index, [self.append(tables.table_size, SECTOR) for _ in tables.copies])
+        missing = tables.missing(index)
+        if missing:
+            return tables.add(index, {copy: self.append(tables.table_size, SECTOR) for copy in missing})
         table = tables.get(index)
         assert table is not None
         return table
+
+    def rewrite_table(self, index: int) -> None:
+        """Both copies of a table are to be written as the first reads."""
+        self.extent.tables.changed(index, self._table(index))
 
     # -- unmapping --------------------------------------------------------------------------------
 

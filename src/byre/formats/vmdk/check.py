@@ -20,6 +20,7 @@ from .extents import PlainExtent, SparseExtent
 from .layout import UNCLEAN_AT
 from .opening import load_redundant
 from .tables import encode_entries
+from .writing import new_allocator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...jobs.job import Control
+    from .allocation import Allocator
     from .extents import DiskExtent
     from .image import VmdkNode
 
@@ -82,21 +84,36 @@ def _check_sparse(node: VmdkNode, extent: SparseExtent, control: Control, found:
     floor = header.overhead * SECTOR if header is not None and not extent.compressed else SECTOR
     if header is not None and header.redundant:
         load_redundant(extent, header)
-    unclean = header is not None and bool(header.unclean) and not fix
+        if fix == "all":
+            _mend(node, index, extent, found)
     places = bytearray()
     unit = np.dtype(np.uint32 if extent.tables.width == 4 else np.uint64)
     for first, last in _windows(len(extent.tables.copies[0])):
         control.advance(min(extent.size - first * extent.span, (last - first) * extent.span))
         with node.lock:
             entries = _entries(extent, first, last, found)
-            _compare_copies(extent, first, last, found, fix, unclean)
+            unclean = header is not None and bool(header.unclean)
+            _compare_copies(extent, first, last, found, unclean=unclean)
         if entries is not None:
             places += (_check_entries(extent, entries, first, floor, found) // SECTOR).astype(unit).tobytes()
     _check_apart(extent, np.frombuffer(places, unit), found)
-    if fix == "all" and header is not None and header.unclean:
-        tables = extent.tables
-        tables.file.flush()
-        tables.file.write_from(UNCLEAN_AT, memoryview(b"\0"))
+
+
+def _mend(node: VmdkNode, index: int, extent: SparseExtent, found: _Findings) -> None:
+    """Both copies of the tables are made equal, and the extent says that it is closed."""
+    header = node.headers[index]
+    with node.lock:
+        node.check_failure()
+        allocator = extent.allocator or new_allocator(node, index, extent)
+        try:
+            found.fixed += equalize(extent, allocator)
+            if header.unclean:
+                allocator.file.flush()
+                allocator.file.write_from(UNCLEAN_AT, memoryview(b"\0"))
+        except BaseException as error:
+            node.fail_stop(error)
+            raise
+        node.headers[index] = header._replace(unclean=0)
 
 
 def _windows(count: int) -> Iterator[tuple[int, int]]:
@@ -156,59 +173,37 @@ def _check_apart(extent: SparseExtent, sectors: NDArray[Any], found: _Findings) 
 # -- the second copy ------------------------------------------------------------------------------
 
 
-def _compare_copies(extent: SparseExtent, first: int, last: int, found: _Findings, fix: str, unclean: bool) -> None:
+def _compare_copies(extent: SparseExtent, first: int, last: int, found: _Findings, *, unclean: bool) -> None:
+    for index in _unequal(extent, first, last):
+        if unclean:
+            found.note(
+                f"the redundant grain table {index} differs; the extent was not closed, writing to it mends that"
+            )
+        else:
+            found.damage(f"the redundant grain table {index} differs from the first")
+
+
+def _unequal(extent: SparseExtent, first: int, last: int) -> Iterator[int]:
+    """Tables whose second copy differs. Where the first cannot be found, that is told elsewhere; where the second
+    cannot be found, it harms nobody who reads."""
     tables = extent.tables
     for copy in range(1, len(tables.copies)):
         for index in range(first, last):
             try:
-                same = _same(extent, index, copy)
+                table, host = tables.get(index), tables.host(index, copy)
             except Corrupt:
-                continue  # of the first copy it was told; that the second is nowhere harms nobody who reads
-            if same:
                 continue
-            if fix == "all":
-                _copy_table(extent, index, copy)
-                found.fixed += 1
-            elif unclean:
-                found.note(f"the redundant grain table {index} differs; the extent was not closed, writing mends it")
-            else:
-                found.damage(f"the redundant grain table {index} differs from the first")
+            second = bytearray(tables.table_size)
+            if host:
+                tables.file.read_into(host, memoryview(second))
+            if second != (encode_entries(table) if table is not None else bytes(tables.table_size)):
+                yield index
 
 
-def _same(extent: SparseExtent, index: int, copy: int) -> bool:
-    one, other = (_table_bytes(extent, index, number) for number in (0, copy))
-    return one == other
-
-
-def _table_bytes(extent: SparseExtent, index: int, copy: int) -> bytes:
-    """A table as it reads, zeroes where there is none."""
-    tables = extent.tables
-    host = tables.host(index, copy)
-    if copy == 0:
-        table = tables.get(index)
-        return encode_entries(table) if table is not None else bytes(tables.table_size)
-    data = bytearray(tables.table_size)
-    if host:
-        tables.file.read_into(host, memoryview(data))
-    return bytes(data)
-
-
-def _copy_table(extent: SparseExtent, index: int, copy: int) -> None:
-    tables = extent.tables
-    host = tables.host(index, copy)
-    if host and tables.host(index):
-        tables.file.write_from(host, memoryview(_table_bytes(extent, index, 0)))
-
-
-def equalize(extent: SparseExtent) -> int:
+def equalize(extent: SparseExtent, allocator: Allocator) -> int:
     """Make every redundant table equal to the first copy; how many differed. The node's lock is held."""
-    changed = 0
-    for copy in range(1, len(extent.tables.copies)):
-        for index in range(len(extent.tables.copies[0])):
-            try:
-                if not _same(extent, index, copy):
-                    _copy_table(extent, index, copy)
-                    changed += 1
-            except Corrupt:
-                continue
-    return changed
+    different = list(_unequal(extent, 0, len(extent.tables.copies[0])))
+    for index in different:
+        allocator.rewrite_table(index)
+    allocator.write_back()
+    return len(different)

@@ -15,7 +15,7 @@ from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ...graph.node import Node
 
@@ -150,13 +150,17 @@ class GrainTables:
 
     # -- changing ---------------------------------------------------------------------------------
 
-    def add(self, index: int, hosts: Iterable[int]) -> array[int]:
-        """A new table that says what its absence said; one place in the file for each copy."""
+    def missing(self, index: int) -> list[int]:
+        """The copies in which table ``index`` is not there."""
+        return [copy for copy in range(len(self.copies)) if not self.host(index, copy)]
+
+    def add(self, index: int, hosts: Mapping[int, int]) -> array[int]:
+        """Table ``index`` with a place in the file for each copy that had none; says what its absence said."""
         before = self.get(index)
         self._make_room()
         table = self._cached[index] = before[:] if before is not None else array("I", bytes(self.table_size))
-        for copy, host in zip(self.copies, hosts, strict=True):
-            copy[index] = host // SECTOR
+        for copy, host in hosts.items():
+            self.copies[copy][index] = host // SECTOR
         self.added.add(index)
         self.dirty.add(index)
         return table

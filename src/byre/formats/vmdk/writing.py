@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .image import VmdkNode
 
-__all__ = ["settle", "start", "write_back"]
+__all__ = ["new_allocator", "settle", "start", "write_back"]
 
 
 def start(node: VmdkNode) -> None:
@@ -43,16 +43,21 @@ def start(node: VmdkNode) -> None:
 def _start_extent(node: VmdkNode, index: int, extent: SparseExtent) -> None:
     header = node.headers[index]
     if extent.allocator is None:
-        from .opening import load_redundant
-
-        load_redundant(extent, header)
-        last = index == len(node.extents_of_disk) - 1
-        extent.allocator = Allocator(extent, header, node.inflight.when_clear, last=last)
+        extent.allocator = new_allocator(node, index, extent)
         if header.unclean and header.redundant:
             from .check import equalize
 
-            equalize(extent)
+            equalize(extent, extent.allocator)
     extent.allocator.mark_unclean(True)
+
+
+def new_allocator(node: VmdkNode, index: int, extent: SparseExtent) -> Allocator:
+    """For extent ``index``, with both copies of its tables at hand."""
+    from .opening import load_redundant
+
+    header = node.headers[index]
+    load_redundant(extent, header)
+    return Allocator(extent, header, node.inflight.when_clear, last=index == len(node.extents_of_disk) - 1)
 
 
 def _change_content_id(node: VmdkNode) -> None:
