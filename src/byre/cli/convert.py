@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..catalog import driver
 from ..errors import ByreError, InvalidArgument, NotSupported
+from ..profiles import profile
 from ..units import SECTOR, align_up
 from . import common
 from .create import declared_options
@@ -21,6 +22,7 @@ __all__ = ["HELP", "run"]
 _TABLE: Final = (
     common.FORMAT._replace(help="format of the input; probed if it is not given"),
     common.Switch("output-format", "O", "target-format", "FMT", "format of the output; raw if it is not given"),
+    common.Switch("for", "", "for", "NAME", "make an image that this place takes (below)"),
     common.Switch("compress", "c", "compress", "", "write compressed clusters"),
     common.Switch("level", "", "level", "N", "how hard to compress: 1 to 9 (zlib), 1 to 22 (zstd)"),
     common.Switch("offload", "C", "copy-range-offloading", "", "let the system copy from file to file where it can"),
@@ -53,7 +55,9 @@ usage: byre convert [OPTIONS] FILENAME... OUTPUT_FILENAME
 Copy an image, or several one behind the other, into OUTPUT_FILENAME.
 
 {common.option_help(_TABLE)}
-SNAPSHOT is an id or a name, or snapshot.id=ID,snapshot.name=NAME."""
+SNAPSHOT is an id or a name, or snapshot.id=ID,snapshot.name=NAME.
+--for chooses format, options and a virtual size that azure, hyperv, esxi, virtualbox, aws, gcp or proxmox accept; -o
+may add to it. For gcp, an output named *.tar.gz becomes the archive that is imported. 'byre lint --for NAME' checks."""
 
 MAX_SPARSE: Final = 16 << 20
 MAX_PARALLEL: Final = 16
@@ -119,6 +123,7 @@ def _check_combinations(given: common.Given) -> None:
         (given.has("options") and given.has("no-create"), "-o has no effect when skipping image creation"),
         (given.has("target-is-zero") and not given.has("no-create"), "--target-is-zero requires use of -n flag"),
         (given.has("level") and not given.has("compress"), "--level needs -c"),
+        (given.has("for") and given.has("no-create"), "--for has no effect when skipping image creation"),
         (given.last("progress-kind", "text") not in ("bar", "text", "json"), "--progress must be bar, text or json"),
     ):
         if condition:
@@ -183,11 +188,52 @@ class _Conversion:
         self.mode = mode
         self.rate = rate
         self.output = given.positional[-1]
-        self.format = given.last("output-format", "" if given.has("target-image-opts") else "raw")
+        self.place = profile(given.last("for")) if given.has("for") else None
+        self.format = self._format()
         self.new = not given.has("no-create")
         self.size = sum(align_up(image.size, SECTOR) for image in sources)
+        if self.place is not None:
+            self.options = {**dict(self.place.options), **options}
+            self.size = align_up(self.size, self.place.alignment)
+
+    def _format(self) -> str:
+        """:raises UsageError: the place takes another format than the one given"""
+        given, place = self.given, self.place
+        if place is None:
+            return given.last("output-format", "" if given.has("target-image-opts") else "raw")
+        name = given.last("output-format", place.format)
+        if driver(name).name != place.format:
+            raise common.UsageError(f"--for {place.name} writes {place.format}, not {name}")
+        return place.format
 
     def run(self) -> None:
+        if self.place is not None and self.place.name == "gcp" and self.output.endswith(".tar.gz"):
+            self._pack()
+            return
+        self._run()
+        if self.place is not None and self.place.solid:
+            from .delivery import fill_holes
+
+            fill_holes(self.output)
+
+    def _pack(self) -> None:
+        """Convert into a raw file beside the output, and pack that."""
+        import os
+
+        from ..jobs.job import Control
+        from .delivery import pack
+
+        archive, self.output = self.output, f"{self.output}.{os.getpid()}.raw"
+        try:
+            self._run()
+            control = Control()
+            with Display(control, "pack", self.mode):
+                pack(self.output, archive, control)
+        finally:
+            if os.path.exists(self.output):
+                os.unlink(self.output)
+
+    def _run(self) -> None:
         from ..jobs.convert import MadeFiles, check_not_source
 
         if not self.given.has("target-image-opts"):

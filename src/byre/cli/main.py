@@ -32,7 +32,7 @@ IMAGE_VERBS: Final = (
     "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map", "measure",
     "rebase", "resize", "snapshot",
 )  # fmt: skip
-OWN_VERBS: Final = ("backup", "formats", "io", "links", "mirror", "serve", "stream")
+OWN_VERBS: Final = ("backup", "formats", "io", "links", "lint", "mirror", "serve", "stream")
 LATER_OWN_VERBS: Final = ("daemon",)
 
 

@@ -27,7 +27,7 @@ _VERBS: Final = """\
   compare [--object DEF] [--image-opts] [-f FMT] [-F FMT] [-T SRC_CACHE] [-p] [-q] [-s] [-U] FILENAME1 FILENAME2
   convert [--object DEF] [--image-opts] [--target-image-opts] [--target-is-zero] [-U] [-C] [-c] [-p] [-q] [-n] \
 [-f FMT] [-t CACHE] [-T SRC_CACHE] [-O FMT] [-B BACKING_FILE [-F BACKING_FMT]] [-o OPTIONS] [-S SPARSE_SIZE] \
-[-r RATE_LIMIT] [-l SNAPSHOT_PARAM] [-m COUNT] [-W] [--salvage] \
+[-r RATE_LIMIT] [-l SNAPSHOT_PARAM] [-m COUNT] [-W] [--salvage] [--for NAME] \
 [--bitmaps [--skip-broken-bitmaps]] FILENAME... OUTPUT_FILENAME
   create [--object DEF] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]
   dd [--image-opts] [-U] [-f FMT] [-O FMT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT
@@ -48,6 +48,7 @@ _OWN_VERBS: Final = """\
 [-n] [-r RATE] [--on-error POLICY] [-p] [-q] SOURCE TARGET
   formats [--json | --markdown]      the formats and protocols there are
   io ...                             requests by hand, as qemu-io
+  lint --for NAME [--output=human|json] FILENAME      would that place take the image
   links DIR                          make qemu-img, qemu-io, ... in DIR that start byre
   mirror [-s MODE] [-g GRANULARITY] [-f FMT] [-O FMT] [-o OPTIONS] [-n] [-r RATE] [--on-error POLICY] [-p] [-q] SOURCE \
 TARGET
