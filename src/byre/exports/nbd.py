@@ -7,6 +7,7 @@ contexts. Sockets are :mod:`byre.nbd.server`'s.
 from __future__ import annotations
 
 import os
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidArgument, NotFound
@@ -31,6 +32,8 @@ _PREFERRED: Final = 4096
 _ZERO_STEP: Final = 128 << 20
 """A long request is carried out in steps, so that nobody who wants to change the graph waits for all of it."""
 _TRIM_STEP: Final = 1 << 30
+_LONG: Final = 128 << 10
+"""From here on looking for a short cut costs nothing that matters."""
 _NOTHING: Final = (0, 0, 0, 0, 0)
 
 
@@ -139,7 +142,19 @@ class NbdExport(Export):
         self.image.end_batch(reads, bytes_read, writes, bytes_written, started)
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        self.image.read_into(offset, view)
+        if len(view) < _LONG or not self._read_cached(offset, view):
+            self.image.read_into(offset, view)
+
+    def _read_cached(self, offset: int, view: memoryview) -> bool:
+        """Read a long piece that lies in memory, past the layers above the file."""
+        started = perf_counter_ns()
+        node = self.image.begin_batch()
+        done = False
+        try:
+            done = node.read_cached(offset, view)
+        finally:
+            self.image.end_batch(int(done), len(view) if done else 0, 0, 0, started)
+        return done
 
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
         self.image.write(offset, view, fua=fua)

@@ -42,7 +42,7 @@ class ReadAnswers:
         self._replies = replies
         self._share = share
 
-    def answer(self, request: Request, scratch: memoryview | None = None, owed: bytes = b"") -> bytes:
+    def answer(self, request: Request, scratch: memoryview, owed: bytes = b"") -> bytes:
         """Read and send.
 
         :param scratch: memory of at least ``PIECE`` bytes
@@ -66,9 +66,9 @@ class ReadAnswers:
             self._simple(request, scratch)
         return b""
 
-    def _whole(self, request: Request, memory: memoryview | None) -> None:
+    def _whole(self, request: Request, memory: memoryview) -> None:
         _, _, cookie, offset, length = request
-        data = (Arena(max(length, 1)).view if memory is None else memory)[:length]
+        data = memory[:length]
         self._disk.read_into(offset, data)
         self._link.send((self._replies.data_chunk(cookie, offset, offset, length, last=True), data))
 
@@ -80,13 +80,13 @@ class ReadAnswers:
         if not self._share.try_take(request.length):
             raise ByreError("too many long requests are under way for an answer in one piece", errno=errno.EOVERFLOW)
         try:
-            self._whole(request, None)
+            self._whole(request, Arena(request.length).view)
         finally:
             self._share.give_back(request.length)
 
     # -- chunks -----------------------------------------------------------------------------------
 
-    def _chunks(self, request: Request, scratch: memoryview | None, owed: bytes) -> bytes:
+    def _chunks(self, request: Request, scratch: memoryview, owed: bytes) -> bytes:
         _, _, cookie, offset, length = request
         replies, link = self._replies, self._link
         waiting: list[Buffer] = [owed]
@@ -105,7 +105,6 @@ class ReadAnswers:
                         text = f"cannot read: {os.strerror(failure)}"
                         return replies.error_at(cookie, offset, wire.to_wire_error(failure), text, at)
                 else:
-                    scratch = Arena(PIECE).view if scratch is None else scratch
                     self._read_piece(request, at, piece.length, scratch, waiting)
                 at += piece.length
         except ByreError:
@@ -130,7 +129,7 @@ class ReadAnswers:
 
     # -- simple answers ---------------------------------------------------------------------------
 
-    def _simple(self, request: Request, scratch: memoryview | None) -> None:
+    def _simple(self, request: Request, scratch: memoryview) -> None:
         _, _, cookie, offset, length = request
         pieces = self._disk.pieces(offset, length, in_file=self._link.can_send_files, holes=False)
         try:
@@ -146,11 +145,11 @@ class ReadAnswers:
             self._whole(request, scratch)
         elif self._share.try_take(length):
             try:
-                self._whole(request, None)
+                self._whole(request, Arena(request.length).view)
             finally:
                 self._share.give_back(length)
         else:
-            self._link.send_each(self._streamed(request, Arena(PIECE).view if scratch is None else scratch))
+            self._link.send_each(self._streamed(request, scratch))
 
     def _streamed(self, request: Request, scratch: memoryview) -> Iterator[Buffer]:
         _, _, cookie, offset, length = request

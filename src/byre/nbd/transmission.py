@@ -73,7 +73,7 @@ class Transmission:
         self._contexts = agreement.contexts
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
-        self._workers: Workers[_Task] = Workers(self._carry_out_apart, name)
+        self._workers: Workers[_Task, Arena] = Workers(self._carry_out_apart, lambda: Arena(PIECE), name)
         self._reads = ReadAnswers(link, disk, self._replies, share)
         self._input = Arena(IN_SIZE)
         self._output = Arena(OUT_SIZE)
@@ -387,11 +387,11 @@ class Transmission:
 
     # -- one request ------------------------------------------------------------------------------
 
-    def _carry_out_apart(self, task: _Task) -> None:
+    def _carry_out_apart(self, task: _Task, scratch: Arena) -> None:
         """In a worker's thread."""
         try:
             if not self.stopping:
-                owed = self._carry_out(task, None)
+                owed = self._carry_out(task, scratch.view)
                 if owed:
                     self._link.send((owed,))
         except OSError:
@@ -400,7 +400,7 @@ class Transmission:
             if task.held:
                 self._share.give_back(task.held)
 
-    def _carry_out(self, task: _Task, scratch: memoryview | None, owed: bytes = b"") -> bytes:
+    def _carry_out(self, task: _Task, scratch: memoryview, owed: bytes = b"") -> bytes:
         """Carry out a request and send its answer.
 
         :param scratch: memory to read into, at least ``PIECE`` bytes
@@ -425,7 +425,7 @@ class Transmission:
         self._link.send(answer)
         return b""
 
-    def _change(self, request: Request, payload: memoryview | None, scratch: memoryview | None) -> None:
+    def _change(self, request: Request, payload: memoryview | None, scratch: memoryview) -> None:
         """Requests that have no answer but success."""
         command, _flags, _cookie, offset, length = (
             request.command,
@@ -446,7 +446,6 @@ class Transmission:
             disk.write_zeroes(offset, length, may_unmap=not request.flags & wire.CMD_FLAG_NO_HOLE, fua=fua,
                               fast=bool(request.flags & wire.CMD_FLAG_FAST_ZERO))  # fmt: skip
         elif command == wire.CMD_CACHE:
-            scratch = Arena(PIECE).view if scratch is None else scratch
             for at in range(offset, offset + length, PIECE):
                 if self.stopping:
                     break

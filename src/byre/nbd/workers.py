@@ -13,22 +13,26 @@ if TYPE_CHECKING:
 __all__ = ["Workers"]
 
 Task = TypeVar("Task")
+Tool = TypeVar("Tool")
 
 _IDLE: Final = 5.0
 """Seconds after which a thread that has nothing to do ends."""
 
 
-class Workers(Generic[Task]):
+class Workers(Generic[Task, Tool]):
     """Starts threads when they are needed, and no more than ``count``.
 
     Guarded by its lock: everything.
 
-    :param perform: carries out one task; must not raise
+    :param perform: carries out one task with its thread's tool; must not raise
+    :param equip: makes the tool of a thread, which lives as long as the thread
     :param depth: tasks that may be under way or wait; :meth:`submit` waits beyond
     """
 
-    def __init__(self, perform: Callable[[Task], None], name: str, *, count: int = 4, depth: int = 16) -> None:
+    def __init__(self, perform: Callable[[Task, Tool], None], equip: Callable[[], Tool], name: str, *,
+                 count: int = 4, depth: int = 16) -> None:  # fmt: skip
         self._perform = perform
+        self._equip = equip
         self._name = name
         self._count = count
         self._depth = depth
@@ -58,16 +62,17 @@ class Workers(Generic[Task]):
                 self._threads -= 1
                 mine = self._waiting.pop() if not self._threads and self._waiting else None
             if mine is not None:
-                self._finish(mine)
+                self._finish(mine, self._equip())
 
     def _run(self) -> None:
+        tool = self._equip()
         while True:
             with self._work:
                 if not self._waiting and not self._wait():
                     self._threads -= 1
                     return
                 task = self._waiting.popleft()
-            self._finish(task)
+            self._finish(task, tool)
 
     def _wait(self) -> bool:
         """Wait for a task, lock held; False if none came for a while."""
@@ -80,9 +85,9 @@ class Workers(Generic[Task]):
                 return False
         return True
 
-    def _finish(self, task: Task) -> None:
+    def _finish(self, task: Task, tool: Tool) -> None:
         try:
-            self._perform(task)
+            self._perform(task, tool)
         finally:
             with self._work:
                 self.pending -= 1
