@@ -20,10 +20,10 @@ __all__ = [
     "CREATE_OPTIONS",
     "CREATE_PRINT_ORDER",
     "OPTIONS",
-    "measure_unit",
     "check_create",
     "create",
     "measure",
+    "measure_unit",
     "open_node",
 ]
 

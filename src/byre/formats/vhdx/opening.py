@@ -79,6 +79,9 @@ def _read(
     regions = read_regions(view)
     layout.check_apart([*regions, layout.Region(layout.NO_GUID, header.log_offset, header.log_length)])
     metadata = next(region for region in regions if region.guid == layout.METADATA_REGION)
+    if metadata.offset + layout.TABLE_SIZE > view.size:
+        raise ImageError(f"the metadata at {metadata.offset:#x} lie past the end of the file ({view.size:#x})",
+                         hint="the file seems to be cut short")  # fmt: skip
     parameters = read_parameters(view, metadata)
     table = next(region for region in regions if region.guid == layout.BAT_REGION)
     count = layout.bat_entries(parameters.size, parameters.block_size, parameters.logical_sector,

@@ -46,7 +46,7 @@ def _damaged_footers(node: VpcNode, mapping: DynamicMapping) -> list[int]:
     expected = layout.encode_footer(node.footer)
     damaged: list[int] = []
     # After growth the footer at the end is written by the next flush.
-    for at in (0,) if mapping.end_moved else (0, mapping.end):
+    for at in (0,) if mapping.end_moved else (0, mapping.settled_end()):
         data = bytearray(layout.FOOTER_SIZE)
         node.file.read_into(at, memoryview(data))
         if data != expected:

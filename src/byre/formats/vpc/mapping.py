@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from array import array
 
-from ...errors import Corrupt
+from ...errors import Corrupt, NoSpace
 from ...io.extent import DATA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...typing import TYPE_CHECKING, Final, Protocol
-from ...units import SECTOR
+from ...units import SECTOR, align_up
 from ..base import Placement
 from .layout import NONE, bitmap_size
 
@@ -267,6 +267,8 @@ class DynamicMapping:
             return host
         host = self.settled_end()
         end = host + self.bitmap_size + self.block_size
+        if host // SECTOR >= NONE:
+            raise NoSpace("the file is as long as the block table can say (2 TiB)", where=self.where)
         # The footer that lies here goes: until the next flush the copy at the beginning of the file has to do.
         self.file.resize(max(end + SECTOR, self.file.size), exact=False)
         self._write_bitmap(host)
@@ -328,7 +330,8 @@ class DynamicMapping:
         """Where the next block goes: behind all others, even if one lies where the footer should be."""
         if not self._end_settled:
             last = max((entry for entry in self.table if entry != NONE), default=0)
-            self.end = max(self.end, last * SECTOR + self.bitmap_size + self.block_size if last else 0)
+            blocks = last * SECTOR + self.bitmap_size + self.block_size if last else 0
+            self.end = align_up(max(self.end, blocks, *(stop for _, stop in self.reserved)), SECTOR)
             self._end_settled = True
         return self.end
 

@@ -126,18 +126,16 @@ def _mapping(
                          f"the file ({file.size:#x})", hint="the file seems to be cut short")  # fmt: skip
     data = bytearray(count * 4)
     file.read_into(header.table_offset, memoryview(data))
+    table_end = max(min(header.table_offset + header.max_entries * 4, file.size), header.table_offset + count * 4)
     reserved = ((0, layout.FOOTER_SIZE), (footer.data_offset, footer.data_offset + layout.HEADER_SIZE),
-                (header.table_offset, header.table_offset + count * 4))  # fmt: skip
+                (header.table_offset, table_end))  # fmt: skip
     return DynamicMapping(file, size, header.block_size, header.table_offset, decode_table(data), _end(file), reserved,
                           file.filename, has_parent=footer.disk_type == layout.DIFFERENCING)  # fmt: skip
 
 
 def _end(file: Node) -> int:
-    """Where a new block may begin: where the footer at the end lies, or behind whatever lies there instead."""
-    offset = file.size - layout.FOOTER_SIZE
-    if offset % SECTOR == 0 and isinstance(_footer_at(file, offset), layout.Footer):
-        return offset
-    return align_up(file.size, SECTOR)
+    """Where the footer at the end lies, or should."""
+    return file.size - layout.FOOTER_SIZE if file.size % SECTOR == 0 else align_up(file.size, SECTOR)
 
 
 # -- parents --------------------------------------------------------------------------------------

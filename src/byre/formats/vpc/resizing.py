@@ -75,7 +75,7 @@ def _write_footers(node: VpcNode, mapping: DynamicMapping, footer: layout.Footer
     data = memoryview(layout.encode_footer(footer))
     node.file.write_from(0, data)
     node.file.flush()
-    node.file.write_from(mapping.end, data)
+    node.file.write_from(mapping.settled_end(), data)
     mapping.end_moved = False
     node.footer = footer
 
@@ -102,7 +102,7 @@ def _grow(node: VpcNode, mapping: DynamicMapping, size: int) -> None:
     mapping.known.extend(bytes(len(more)))
     _write_footers(node, mapping, _resized(node.footer, size))
     mapping.size = size
-    _reserve_places(mapping)
+    _reserve_places(node, mapping)
 
 
 def _move_table(node: VpcNode, mapping: DynamicMapping, table: array[int]) -> None:
@@ -119,8 +119,9 @@ def _move_table(node: VpcNode, mapping: DynamicMapping, table: array[int]) -> No
     mapping.table_offset, mapping.end = offset, offset + len(data)
 
 
-def _reserve_places(mapping: DynamicMapping) -> None:
-    place = mapping.table_offset, mapping.table_offset + 4 * len(mapping.table)
+def _reserve_places(node: VpcNode, mapping: DynamicMapping) -> None:
+    assert node.header is not None
+    place = mapping.table_offset, mapping.table_offset + 4 * node.header.max_entries
     mapping.reserved = (*mapping.reserved[:2], place)
 
 
