@@ -16,7 +16,8 @@ from ..errors import ByreError, NotSupported
 from ..io import workers
 from ..io.buffers import aligned_buffer, zero_fill
 from ..io.sparse import data_runs
-from ..units import KIB, MIB, SECTOR, align_up
+from ..units import MIB, SECTOR, align_up
+from .behind import WriteBehind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,11 +35,8 @@ CHUNK: Final = 2 * MIB
 """Data per task: a buffer being read and one being written stay in the processor's cache."""
 
 _COMPRESS_CHUNK: Final = MIB
-_BULK: Final = 256 * KIB
 _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
-_HELD_BACK: Final = 32 * MIB
-"""So much is written before the system is told to begin with it: else the flush at the end would wait for all."""
 
 
 class Segment(NamedTuple):
@@ -193,13 +191,7 @@ class BlockCopy:
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
-        self._files: list[_BulkFile] = []
-        for child in getattr(node, "sources", ()):
-            if isinstance(child.node, _BulkFile):
-                child.node.bulk_size = _BULK
-                self._files.append(child.node)
-        self._held_back = 0
-        self._held_lock = threading.Lock()
+        self._behind = WriteBehind(node)
         if settings.compress:
             from ..formats.abilities import HasCompression
 
@@ -408,17 +400,8 @@ class BlockCopy:
                     target.write_zeroes(offset, length, unmap=unmap)
         except ByreError as error:
             raise _at(error, "writing", offset) from error
-        self._start_write_back(moved)
+        self._behind.wrote(moved)
         return moved
-
-    def _start_write_back(self, moved: int) -> None:
-        with self._held_lock:
-            self._held_back += moved
-            if self._held_back < _HELD_BACK:
-                return
-            self._held_back = 0
-        for file in self._files:
-            file.start_write_back()
 
 
 def _at(error: ByreError, verb: str, offset: int) -> ByreError:
@@ -429,18 +412,6 @@ def _at(error: ByreError, verb: str, offset: int) -> ByreError:
 
 def _is_power_of_two(value: int) -> bool:
     return value & (value - 1) == 0
-
-
-@runtime_checkable
-class _BulkFile(Protocol):
-    """What ``protocols/file.py`` does for those who write much in order.
-
-    :ivar bulk_size: writes of at least so many bytes have their space allocated first
-    """
-
-    bulk_size: int
-
-    def start_write_back(self) -> None: ...
 
 
 @runtime_checkable

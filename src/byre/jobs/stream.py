@@ -18,6 +18,7 @@ from ..graph.reopening import set_read_only
 from ..image import Image
 from ..units import MIB
 from .above import ranges_above
+from .behind import WriteBehind
 from .errors_policy import check_policy
 from .job import Job
 from .livecopy import Policies, RangeFailed, sweep
@@ -87,6 +88,7 @@ class StreamJob(Job):
     def run(self, control: Control) -> None:
         node = self.node
         control.total = node.size
+        self._behind = WriteBehind(node)
         chunk = max(_CHUNK, getattr(node, "cluster_size", 1))
         policies = Policies(self.on_error, self.on_error)
         while True:
@@ -105,6 +107,7 @@ class StreamJob(Job):
         except ByreError as error:
             self._failed = self._failed or error
             raise RangeFailed(error, source=True) from error
+        self._behind.wrote(moved)
         return length, moved
 
     def prepare(self) -> None:
