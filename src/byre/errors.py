@@ -19,6 +19,7 @@ __all__ = [
     "IOFailure",
     "ImageError",
     "InvalidArgument",
+    "Mismatch",
     "NoSpace",
     "NotFound",
     "NotSupported",
@@ -90,6 +91,10 @@ class Corrupt(ImageError):
     """The image was opened and then found to contradict itself."""
 
     default_errno = _errno.EIO
+
+
+class Mismatch(Corrupt):
+    """Copies that should be equal differ; the message names the first byte."""
 
 
 class Busy(ByreError):

@@ -103,6 +103,13 @@ def test_a_vote_is_about_a_part_of_a_long_read() -> None:
     copies = Copies(Settings(2), wrong)
     assert copies.image.read(0, len(long)) == long
     assert copies.bad == ["child0", "child1"]
+    assert {data["sectors-count"] for _, data in copies.events} == {len(long) // 512}
+
+
+def test_a_bad_child_is_named_once_per_request() -> None:
+    copies = Copies(Settings(2), (bytes(3 * SIZE), DATA * 3, DATA * 3))
+    assert copies.image.read(0, 3 * SIZE) == DATA * 3
+    assert len(copies.events) == 1
 
 
 def test_a_child_that_fails() -> None:

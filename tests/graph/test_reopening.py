@@ -233,3 +233,16 @@ def test_other_users_of_the_same_nodes_wait_as_well(path: str) -> None:
             thread.join(30)
     assert not failures
     assert inside == 0
+
+
+def test_settings_of_a_node_below_a_filter_stay(tmp_path: Path) -> None:
+    name = str(tmp_path / "a.qcow2")
+    byre.create(name, "qcow2", 1 << 20)
+    file = {"driver": "file", "filename": name}
+    lower = {"driver": "qcow2", "detect-zeroes": "on", "discard": "ignore", "file": file}
+    with byre.open({"driver": "throttle", "throttling.iops-total": 10**9, "file": lower}, read_only=False) as image:
+        node = image.node.children["file"].node
+        for read_only in (True, False):
+            image.reopen(read_only=read_only)
+            assert (node.detect_zeroes, node.pass_discard) == ("on", False)  # type: ignore[attr-defined]
+            assert node.read_only == read_only

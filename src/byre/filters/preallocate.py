@@ -139,6 +139,12 @@ class PreallocateNode(NotifyingFilter):
         flags, self.runtime, settings = cast("tuple[OpenFlags, OptionValues, tuple[int, int]]", token)
         self.align, self.ahead = settings
         self.read_only = flags.read_only
+        if self.read_only:
+            with self._lock:
+                try:
+                    self._drop()  # what the format wrote since
+                except ByreError:
+                    pass  # it can no longer be refused; the format lives with a longer file
 
     def inactivate(self) -> None:
         with self._lock:

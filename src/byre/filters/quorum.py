@@ -11,9 +11,9 @@ outvoted, ``QUORUM_FAILURE`` when too few agree.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast
 
-from ..errors import Busy, ByreError, Corrupt, InvalidArgument, IOFailure, NotFound
+from ..errors import Busy, ByreError, InvalidArgument, IOFailure, Mismatch, NotFound
 from ..graph.node import PERM_READ, PERM_WRITE, PERM_WRITE_UNCHANGED, Limits, Node
 from ..io.extent import DATA, FUA, MAY_UNMAP, ZERO, Extent
 from ..options import Option, OptionSet
@@ -118,6 +118,18 @@ class _Ballot(NamedTuple):
     error: ByreError | None
 
 
+_Bad: TypeAlias = "dict[Child, ByreError | None]"
+"""Children that failed, with their errors, or were outvoted."""
+
+
+class _NoQuorum(Exception):
+    """Too few children read something, or agree on it; ``errors`` are those of the ones that failed."""
+
+    def __init__(self, errors: list[ByreError]) -> None:
+        super().__init__()
+        self.errors = errors
+
+
 class QuorumNode(Node):
     """Reads by vote, writes to all.
 
@@ -199,18 +211,28 @@ class QuorumNode(Node):
     # -- reading ----------------------------------------------------------------------------------
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        for start in range(0, len(buffer), _STEP):
-            view = buffer[start : start + _STEP]
-            claim = self._ranges.enter(offset + start, offset + start + len(view), False)
-            try:
-                if self.settings.fifo:
-                    self._read_first(offset + start, view)
-                else:
-                    self._read_vote(offset + start, view)
-            finally:
-                self._ranges.leave(claim)
+        read = self._read_first if self.settings.fifo else self._read_vote
+        bad: _Bad = {}
+        try:
+            for start in range(0, len(buffer), _STEP):
+                view = buffer[start : start + _STEP]
+                claim = self._ranges.enter(offset + start, offset + start + len(view), False)
+                try:
+                    read(offset + start, view, bad)
+                finally:
+                    self._ranges.leave(claim)
+        except _NoQuorum as failure:
+            self._report_bad("read", offset, len(buffer), bad)
+            self._failed("read", offset, len(buffer), failure.errors)
+        except Mismatch as difference:
+            raise Mismatch(f"quorum: offset={offset} bytes={len(buffer)} {difference.message}",
+                           where=self.filename) from None  # fmt: skip
+        except ByreError:
+            self._report_bad("read", offset, len(buffer), bad)
+            raise
+        self._report_bad("read", offset, len(buffer), bad)
 
-    def _read_first(self, offset: int, view: memoryview) -> None:
+    def _read_first(self, offset: int, view: memoryview, bad: _Bad) -> None:
         failed: list[ByreError] = []
         for edge in self._members:
             try:
@@ -218,33 +240,36 @@ class QuorumNode(Node):
                 return
             except ByreError as error:
                 failed.append(error)
-                self._report_bad("read", edge, offset, len(view), error)
+                bad[edge] = error
         raise failed[-1]
 
-    def _read_vote(self, offset: int, view: memoryview) -> None:
-        ballots = [self._ask(edge, offset, len(view)) for edge in self._members]
+    def _read_vote(self, offset: int, view: memoryview, bad: _Bad) -> None:
+        ballots = [self._ask(edge, offset, len(view), bad) for edge in self._members]
         read = [ballot for ballot in ballots if ballot.data is not None]
         if len(read) < self.settings.threshold:
-            self._failed("read", offset, len(view), [ballot.error for ballot in ballots if ballot.error])
+            raise _NoQuorum([ballot.error for ballot in ballots if ballot.error])
         versions = _versions(read)
         winner = max(versions, key=len)
         if self.settings.blkverify and len(versions) > 1:
-            self._contradiction(offset, read)
+            one, other = (cast("bytearray", ballot.data) for ballot in read[:2])
+            at = next(index for index in range(len(one)) if one[index] != other[index])
+            raise Mismatch(f"contents mismatch at offset {offset + at}")
         if len(winner) < self.settings.threshold:
-            self._failed("read", offset, len(view), [])
+            raise _NoQuorum([])
         good = cast("bytearray", winner[0].data)
         view[:] = good
         for ballot in (ballot for version in versions if version is not winner for ballot in version):
-            self._report_bad("read", ballot.child, offset, len(view), None)
+            bad.setdefault(ballot.child, None)
             if self.settings.rewrite:
                 self._rewrite(ballot.child, offset, memoryview(good))
 
-    def _ask(self, edge: Child, offset: int, length: int) -> _Ballot:
+    @staticmethod
+    def _ask(edge: Child, offset: int, length: int, bad: _Bad) -> _Ballot:
         data = bytearray(length)  # not a view: those are compared byte by byte
         try:
             edge.node.read_into(offset, memoryview(data))
         except ByreError as error:
-            self._report_bad("read", edge, offset, length, error)
+            bad[edge] = error
             return _Ballot(edge, None, error)
         return _Ballot(edge, data, None)
 
@@ -256,12 +281,6 @@ class QuorumNode(Node):
                 edge.node.write_from(offset, data[:inside])
         except ByreError:
             pass  # it is no worse than before, and the read has its bytes
-
-    def _contradiction(self, offset: int, read: list[_Ballot]) -> None:
-        one, other = (cast("bytearray", ballot.data) for ballot in read[:2])
-        at = next(index for index in range(len(one)) if one[index] != other[index])
-        raise Corrupt(f"quorum: offset={offset} bytes={len(one)} contents mismatch at offset {offset + at}",
-                      where=self.filename)  # fmt: skip
 
     # -- changing ---------------------------------------------------------------------------------
 
@@ -292,15 +311,16 @@ class QuorumNode(Node):
         offset, length = (span[0], span[1] - span[0]) if span[1] < _NO_RANGE[0] else (0, 0)
         try:
             members = self._members
-            failed: list[ByreError] = []
+            bad: _Bad = {}
             for edge in members:
                 try:
                     action(edge.node)
                 except ByreError as error:
-                    failed.append(error)
-                    self._report_bad(kind, edge, offset, length, error)
+                    bad[edge] = error
         finally:
             self._ranges.leave(claim)
+        failed = [error for error in bad.values() if error is not None]
+        self._report_bad(kind, offset, length, bad)
         if len(members) - len(failed) < self.settings.threshold:
             if kind == "flush":
                 raise _most_frequent(failed)
@@ -334,13 +354,15 @@ class QuorumNode(Node):
         raise IOFailure(f"cannot {kind} {length} bytes at {offset:#x}: fewer than {self.settings.threshold} of "
                         f"{len(self._members)} children agree", where=self.filename)  # fmt: skip
 
-    def _report_bad(self, kind: str, edge: Child, offset: int, length: int, error: ByreError | None) -> None:
+    def _report_bad(self, kind: str, offset: int, length: int, bad: _Bad) -> None:
+        """Once per request and child."""
         first, count = _sectors(offset, length)
-        data: dict[str, object] = {"type": kind, "node-name": edge.node.name, "sector-num": first,
-                                   "sectors-count": count}  # fmt: skip
-        if error is not None:
-            data["error"] = str(error)
-        self._event("QUORUM_REPORT_BAD", data)
+        for edge, error in bad.items():
+            data: dict[str, object] = {"type": kind, "node-name": edge.node.name, "sector-num": first,
+                                       "sectors-count": count}  # fmt: skip
+            if error is not None:
+                data["error"] = str(error)
+            self._event("QUORUM_REPORT_BAD", data)
 
     def _event(self, name: str, data: dict[str, object]) -> None:
         if self.on_event is not None:

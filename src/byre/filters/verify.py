@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ByreError, Corrupt, InvalidArgument
+from ..errors import ByreError, InvalidArgument, Mismatch
 from ..options import Option, OptionSet
 from .base import FilterNode, RangeLock, open_filtered
 
@@ -150,8 +150,8 @@ class VerifyNode(FilterNode):
         if ours:
             raise ours
 
-    def _contradiction(self, verb: str, offset: int, length: int, text: str) -> Corrupt:
-        return Corrupt(f"blkverify: {verb} offset={offset} bytes={length} {text}", where=self.filename)
+    def _contradiction(self, verb: str, offset: int, length: int, text: str) -> Mismatch:
+        return Mismatch(f"blkverify: {verb} offset={offset} bytes={length} {text}", where=self.filename)
 
 
 def _outcome(action: Callable[[], None]) -> ByreError | None:

@@ -102,10 +102,12 @@ def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[
     """Change every node and then the permissions; if those are refused, change everything back."""
     nodes = _affected(top)
     before = [(node, _flags_of(node), _options(node, {})) for node in nodes]
+    # Discards and zero detection are a matter of each node; one below a filter may have settings of its own.
+    inherited = {key: value for key, value in changes.items() if key not in ("unmap", "detect_zeroes")}
     after = []
     for node in nodes:
-        flags = _flags_of(node)._replace(**changes)  # type: ignore[arg-type]
-        after.append((node, flags if node is top else flags.for_file(), _options(node, own.get(node, {}))))
+        flags = _flags_of(node)._replace(**(changes if node is top else inherited))  # type: ignore[arg-type]
+        after.append((node, flags, _options(node, own.get(node, {}))))
     was_read_only, used, shared = image.read_only, image._root.used, image._root.shared
     wanted = bool(changes.get("read_only", was_read_only))
     _switch(after, wanted)

@@ -6,7 +6,7 @@ import os
 import sys
 from time import perf_counter
 
-from ...errors import ByreError, Corrupt, IOFailure, ReadOnly
+from ...errors import ByreError, Corrupt, IOFailure, Mismatch, ReadOnly
 from ...typing import TYPE_CHECKING, NamedTuple
 from ..common import as_peer, report
 from .getopt import UsageError
@@ -199,6 +199,9 @@ class Shell:
             self.complain(f"{node.driver}: Marking image as corrupt: {error.message}; "
                           "further corruption events will be suppressed")  # fmt: skip
             self._told = True
+        if isinstance(error, Mismatch) and as_peer():
+            self.complain(error.message)
+            return
         self.say(f"{verb} failed: {os.strerror(error.errno)}\n")
         self.explain(error)
 
