@@ -33,6 +33,8 @@ MAX_L1_SIZE: Final = 32 << 20
 
 _SLICE: Final = 64 << 10
 _CACHE: Final = 8 << 20
+_ROWS: Final = 64
+"""After so many extents a lookup stops: most callers want the first."""
 _ZEROED_AT_ONCE: Final = 64 << 20
 
 
@@ -186,6 +188,8 @@ class TwoLevelMap:
             if (last and last.kind == kind <= UNALLOCATED
                     and host == (last.host + last.length if last.host >= 0 else -1)):  # fmt: skip
                 rows[-1] = last._replace(length=last.length + stop - start)
+            elif len(rows) == _ROWS:
+                break
             else:
                 rows.append(Extent(start, stop - start, kind, host))
         return rows
