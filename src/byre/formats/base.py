@@ -194,6 +194,9 @@ class FormatNode(Node):
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
         return cached.read_cached(self, offset, buffer)
 
+    def direct_range(self, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
+        return cached.direct_range(self, offset, length)
+
     def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
         return cached.file_range(self, offset, length)
 

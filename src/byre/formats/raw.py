@@ -20,7 +20,7 @@ from ..typing import TYPE_CHECKING, cast
 from ..units import SECTOR, align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..graph.child import Child
     from ..graph.creating import CreateRequest
@@ -138,6 +138,11 @@ class RawNode(Node):
         if self._report is not None or (self._slice is not None and offset + len(buffer) > self._slice):
             return False
         return self._file.read_cached(self.base + offset, buffer)
+
+    def direct_range(self, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
+        if self._report is not None or (self._slice is not None and offset + length > self._slice):
+            return None
+        return self._file.direct_range(self.base + offset, length)
 
     def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
         if self._report is not None or (self._slice is not None and offset + length > self._slice):

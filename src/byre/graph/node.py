@@ -15,7 +15,7 @@ from ..io.extent import DATA, FUA, NO_FALLBACK, Extent
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..bitmaps.tracking import Tracker
     from ..io.extentmap import ExtentMap
@@ -182,6 +182,12 @@ class Node:
         :returns: False where they are not, or nobody can tell; the buffer may hold anything then
         """
         return False
+
+    def direct_range(self, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
+        """(descriptor, offset, give back) where a range can be read past the page cache, into memory at a multiple of
+        4 KiB; or ``None``. What is to be given back, once the read has ended, keeps the place from being used otherwise.
+        """
+        return None
 
     def file_range(self, offset: int, length: int) -> tuple[int, int] | None:
         """(descriptor, offset) of an open file in which the whole range lies as it is and where it stays; or ``None``.

@@ -9,9 +9,11 @@ from __future__ import annotations
 from ..typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..formats.base import FormatNode
 
-__all__ = ["file_range", "read_cached"]
+__all__ = ["direct_range", "file_range", "read_cached"]
 
 
 def read_cached(top: FormatNode, offset: int, buffer: memoryview) -> bool:
@@ -47,3 +49,30 @@ def file_range(node: FormatNode, offset: int, length: int) -> tuple[int, int] | 
     with node.lock:
         host = node.cached_host(offset, length) if node.failure is None else -1
     return node.sources[0].node.file_range(host, length) if host >= 0 else None
+
+
+def direct_range(
+    node: FormatNode, offset: int, length: int
+) -> tuple[int, int, Callable[[], None] | None] | None:
+    """As :meth:`byre.graph.node.Node.direct_range`, for a range that is one piece of the top layer.
+
+    Its place is not given to anybody else before the caller has given it back.
+    """
+    if node.cipher is not None or node.report is not None or offset + length > node._size:
+        return None
+    lock, inflight = node.lock, node.inflight
+    with lock:
+        host = node.cached_host(offset, length) if node.failure is None else -1
+        if host < 0:
+            return None
+        ticket = inflight.take()
+
+    def give_back() -> None:
+        with lock:
+            inflight.give_back(ticket)
+
+    found = node.sources[0].node.direct_range(host, length)
+    if found is None:
+        give_back()
+        return None
+    return found[0], found[1], give_back

@@ -27,7 +27,7 @@ from .locks import FileLocks
 from .vectors import IOV_MAX, pwritev_all
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..graph.opening import OpenFlags, OpenRequest
     from ..io.align import AlignedAccess
@@ -59,6 +59,7 @@ DEVICE_DRIVERS: Final = ("host_device", "host_cdrom")
 """Names under which the user may open a character device as well; a regular file they do not open."""
 
 _ZERO_STEP: Final = 1 << 20
+_PAGE: Final = 4096
 _NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM)
 
 
@@ -207,6 +208,12 @@ class FileNode(Node):
         if self._direct is not None or offset + length > self._length.value:
             return None
         return self._fd, offset
+
+    def direct_range(self, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
+        access = self._direct
+        if access is None or (offset | length) % access.alignment or access.memory_alignment > _PAGE:
+            return None
+        return (self._fd, offset, None) if offset + length <= self._length.value else None
 
     @property
     def buffered(self) -> bool:  # type: ignore[override]
