@@ -134,8 +134,7 @@ def _silent(seconds: float) -> Disconnected:
 class Connection:
     """A connection in the transmission phase.
 
-    Guarded by ``_lock`` (a leaf): requests in flight, whose turn it is, ``error``. Guarded by ``_sending``: what goes
-    to the socket; taken before ``_lock``.
+    Guarded by ``_lock`` (a leaf): requests in flight, what is to be sent, who sends, whose turn it is, ``error``.
 
     :ivar info: what was negotiated
     :ivar error: why it does not work any more; ``None`` while it does
@@ -150,7 +149,8 @@ class Connection:
         self.useful = False
         self._transport = transport
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
+        self._outgoing: list[bytes | memoryview] = []
+        self._sending = False
         self._flying: dict[int, Request] = {}
         self._cookie = 0
         self._turn_taken = False
@@ -189,22 +189,37 @@ class Connection:
         flags = request.flags
         if self._extended and request.payload:
             flags |= wire.CMD_FLAG_PAYLOAD_LEN
+        with self._lock:
+            if self.error is not None:
+                return False
+            self._cookie += 1
+            cookie = request.cookie = self._cookie
+            self._flying[cookie] = request
+            self._outgoing.append(layout.pack(magic, flags, request.command, cookie, request.offset, request.length))
+            if request.payload:
+                self._outgoing += request.payload
+            if self._sending:
+                return True
+            self._sending = True
         try:
-            with self._sending:
-                with self._lock:
-                    if self.error is not None:
-                        return False
-                    self._cookie += 1
-                    cookie = request.cookie = self._cookie
-                    self._flying[cookie] = request
-                head = layout.pack(magic, flags, request.command, cookie, request.offset, request.length)
-                self._transport.send((head, *request.payload) if request.payload else (head,))
+            self._send_outgoing()
         except ByreError as error:
             self._break(error)
         except BaseException as error:
             self._break(IOFailure(f"interrupted while sending: {type(error).__name__}"))
             raise
         return True
+
+    def _send_outgoing(self) -> None:
+        """Send what this thread and, meanwhile, others want sent, until nothing is left."""
+        while True:
+            with self._lock:
+                parts = self._outgoing
+                if not parts:
+                    self._sending = False
+                    return
+                self._outgoing = []
+            self._transport.send(parts)
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -367,10 +382,9 @@ class Connection:
         if self.error is None:
             head = wire.encode_request(wire.Request(wire.CMD_DISC, 0, self._cookie + 1, 0, 0), self._extended)
             self._transport.set_limits(1, 1)
-            with self._sending:
-                try:
-                    self._transport.send((head,))
-                except ByreError:
-                    pass  # it is gone already
+            try:
+                self._transport.send((head,))
+            except ByreError:
+                pass  # it is gone already
             self._break(IOFailure("the connection is closed"))
         self._transport.close()
