@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidArgument, NotFound
 from ..nbd import wire
-from ..nbd.disk import IN_FILE, ZERO, Batch, Piece
+from ..nbd.disk import IN_FILE, ZERO, Batch, DirectRange, Piece
 from ..nbd.server_negotiation import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, Offer
 from . import contexts
 from .contexts import dirty, zero_run
@@ -140,6 +140,27 @@ class NbdExport(Export):
 
     def end(self, reads: int, bytes_read: int, writes: int, bytes_written: int, started: int) -> None:
         self.image.end_batch(reads, bytes_read, writes, bytes_written, started)
+
+    def direct(self, offset: int, length: int) -> DirectRange | None:
+        image = self.image
+        started = perf_counter_ns()
+        node = image.begin_batch()
+        found = None
+        try:
+            found = node.direct_range(offset, length) if offset + length <= node.size else None
+        finally:
+            if found is None:
+                image.end_batch(*_NOTHING)
+        if found is None:
+            return None
+        fd, host, give_back = found
+
+        def release(done: int) -> None:
+            if give_back is not None:
+                give_back()
+            image.end_batch(1 if done > 0 else 0, max(done, 0), 0, 0, started)
+
+        return DirectRange(fd, host, release)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         if len(view) < _LONG or not self._read_cached(offset, view):

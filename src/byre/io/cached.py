@@ -43,7 +43,7 @@ def read_cached(top: FormatNode, offset: int, buffer: memoryview) -> bool:
 
 
 def file_range(node: FormatNode, offset: int, length: int) -> tuple[int, int] | None:
-    """Where a range that is one piece of this layer lies in a file. Only of what nobody writes to: nothing moves there."""
+    """Where a range that is one piece of this layer lies in a file; only where nobody writes, for there nothing moves."""
     if not node.read_only or node.cipher is not None or node.report is not None or offset + length > node._size:
         return None
     with node.lock:
@@ -51,9 +51,7 @@ def file_range(node: FormatNode, offset: int, length: int) -> tuple[int, int] | 
     return node.sources[0].node.file_range(host, length) if host >= 0 else None
 
 
-def direct_range(
-    node: FormatNode, offset: int, length: int
-) -> tuple[int, int, Callable[[], None] | None] | None:
+def direct_range(node: FormatNode, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
     """As :meth:`byre.graph.node.Node.direct_range`, for a range that is one piece of the top layer.
 
     Its place is not given to anybody else before the caller has given it back.

@@ -64,7 +64,8 @@ class KernelAio:
             _IOCB.pack_into(self._blocks, number * _IOCB.size, token, 0, 0, _READ, 0, fd, address, length, offset,
                             0, 0, 0)  # fmt: skip
         # The kernel copies what the pointers lead to before the call returns.
-        return max(self._call(self._submit, self._context, ctypes.c_long(len(reads)), self._pointers), 0)
+        begun: int = self._call(self._submit, self._context, ctypes.c_long(len(reads)), self._pointers)
+        return max(begun, 0)
 
     def ended(self, seconds: float) -> list[tuple[int, int]]:
         """Wait until reads have ended: (token, bytes read or negative errno) of each; none if it took too long."""

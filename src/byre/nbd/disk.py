@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .server_negotiation import Offer
 
-__all__ = ["IN_FILE", "READ", "ZERO", "Batch", "Disk", "Piece"]
+__all__ = ["IN_FILE", "READ", "ZERO", "Batch", "DirectRange", "Disk", "Piece"]
 
 READ: Final = 0
 """The bytes must be read through the disk."""
@@ -33,6 +33,17 @@ class Piece(NamedTuple):
     kind: int = READ
     fd: int = -1
     offset: int = 0
+
+
+class DirectRange(NamedTuple):
+    """A range in a file opened for direct I/O; it, and memory at multiples of 4 KiB, are aligned as the file needs.
+
+    :ivar release: called once when the read has ended, by any thread, with the bytes that were read
+    """
+
+    fd: int
+    offset: int
+    release: Callable[[int], None]
 
 
 class Batch(NamedTuple):
@@ -70,6 +81,9 @@ class Disk(Protocol):
 
     def end(self, reads: int, bytes_read: int, writes: int, bytes_written: int, started: int) -> None:
         """They are done, and counted; ``started`` is the ``perf_counter_ns()`` of their beginning."""
+
+    def direct(self, offset: int, length: int) -> DirectRange | None:
+        """Where a range can be read past the page cache; the request is under way until ``release`` is called."""
 
     def read_into(self, offset: int, view: memoryview) -> None: ...
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, ProtocolError
 from . import checks, wire
+from .direct import DIRECT_LIMIT, DirectReads
 from .memory import Arena
 from .reads import PIECE, SMALL_READ, ReadAnswers
 from .replies import replies_for
 from .wire import Request
-from .workers import Workers
+from .workers import Flight, Workers
 
 if TYPE_CHECKING:
     from .disk import Disk
@@ -42,6 +43,10 @@ SPARE_SIZE: Final = 4 << 20
 """The largest payload whose buffer is kept for the next one."""
 MAX_EXTENTS: Final = 1 << 17
 """In one answer to block status; about a MiB."""
+
+MAX_REQUESTS: Final = 16
+"""Requests under way for one client, apart from the one that is just being received."""
+_PROBE: Final = 4096
 
 _DONE, _OTHER, _AGAIN = range(3)
 """What to do with the requests that are left of a batch: wait for the rest, look closely at the next, go on."""
@@ -73,8 +78,10 @@ class Transmission:
         self._contexts = agreement.contexts
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
-        self._workers: Workers[_Task, Arena] = Workers(self._carry_out_apart, lambda: Arena(PIECE), name)
+        self._flight = Flight(MAX_REQUESTS)
+        self._workers: Workers[_Task, Arena] = Workers(self._carry_out_apart, lambda: Arena(PIECE), self._flight, name)
         self._reads = ReadAnswers(link, disk, self._replies, share)
+        self._direct = self._make_direct(name)
         self._input = Arena(IN_SIZE)
         self._output = Arena(OUT_SIZE)
         self._spare: Arena | None = None
@@ -90,6 +97,19 @@ class Transmission:
         self._needed = 0
         self.stopping = False
 
+    def _make_direct(self, name: str) -> DirectReads | None:
+        """For disks that are read past the page cache, where the system allows it."""
+        probe = self._disk.direct(0, _PROBE)
+        if probe is None:
+            return None
+        probe.release(0)
+        try:
+            return DirectReads(
+                self._link, self._disk, self._replies, self._flight, MAX_REQUESTS, self._read_apart, name
+            )
+        except OSError:
+            return None
+
     # -- receiving --------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -101,19 +121,17 @@ class Transmission:
         try:
             self._serve()
         finally:
-            if not self.stopping:
-                self._workers.wait(3600)
+            self._send_direct()
+            while not self._flight.wait(1.0) and not self.stopping:
+                pass
+            if self._direct is not None and not self._flight.pending:
+                self._direct.close()
 
-    def stop(self) -> list[int]:
-        """Begin no more requests; another thread calls this. Those that nobody has begun are answered in its stead."""
+    def stop(self) -> None:
+        """Begin no more requests; another thread calls this. Those that nobody has begun are dropped."""
         self.stopping = True
         for task in self._workers.drop():
             self._share.give_back(task.held)
-        return []
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for the requests under way; False if that takes longer than ``timeout`` seconds."""
-        return self._workers.wait(timeout)
 
     def _serve(self) -> None:
         view = self._input.view
@@ -234,7 +252,13 @@ class Transmission:
                 if at == before:
                     break
         self._send_owed()
+        self._send_direct()
         return at
+
+    def _send_direct(self) -> None:
+        """Begin the direct reads that were taken."""
+        if self._direct is not None:
+            self._direct.submit()
 
     def _send_owed(self) -> None:
         if self._owed:
@@ -349,10 +373,14 @@ class Transmission:
             self._fail(request, error)
             return False
         if self._is_here(request, alone):
+            self._send_direct()
             if request.command != wire.CMD_READ:
                 self._send_owed()
             self._owed = self._carry_out(_Task(request, payload), self._output.view, self._owed)
             return False
+        if self._direct is not None and self._is_direct(request) and self._direct.take(request):
+            return False
+        self._send_direct()
         if held:
             self._workers.submit(_Task(request, payload, held))
             return True
@@ -372,7 +400,11 @@ class Transmission:
             return True
         if command == wire.CMD_READ and self._seems_cached(request):
             return True
-        return alone and not self._workers.pending
+        return alone and not self._flight.pending
+
+    @staticmethod
+    def _is_direct(request: Request) -> bool:
+        return request.command == wire.CMD_READ and not request.flags and 0 < request.length <= DIRECT_LIMIT
 
     def _seems_cached(self, request: Request) -> bool:
         """Whether the ends of a long read are in memory: a guess, which costs two small reads."""
@@ -384,6 +416,12 @@ class Transmission:
             return all(batch.read_cached(at, probe) for at in (request.offset, request.offset + request.length - 1))
         finally:
             self._disk.end(0, 0, 0, 0, 0)
+
+    def _read_apart(self, request: Request) -> None:
+        """A read that could not be done directly after all."""
+        owed = self._carry_out(_Task(request), Arena(PIECE).view)
+        if owed:
+            self._link.send((owed,))
 
     # -- one request ------------------------------------------------------------------------------
 

@@ -10,13 +10,46 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Workers"]
+__all__ = ["Flight", "Workers"]
 
 Task = TypeVar("Task")
 Tool = TypeVar("Tool")
 
 _IDLE: Final = 5.0
 """Seconds after which a thread that has nothing to do ends."""
+
+
+class Flight:
+    """Counts the requests of one connection that others than the receiving thread carry out. Guarded by its lock.
+
+    :param depth: how many may be under way or wait
+    :ivar pending: how many do; may be read without the lock
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._less = threading.Condition(threading.Lock())
+        self.pending = 0
+
+    def enter(self) -> None:
+        """One more; waits until there is room."""
+        with self._less:
+            while self.pending >= self._depth:
+                self._less.wait()
+            self.pending += 1
+
+    def is_full(self) -> bool:
+        return self.pending >= self._depth
+
+    def leave(self, count: int = 1) -> None:
+        with self._less:
+            self.pending -= count
+            self._less.notify_all()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until none is left; False if that took too long."""
+        with self._less:
+            return self._less.wait_for(lambda: not self.pending, timeout)
 
 
 class Workers(Generic[Task, Tool]):
@@ -26,29 +59,30 @@ class Workers(Generic[Task, Tool]):
 
     :param perform: carries out one task with its thread's tool; must not raise
     :param equip: makes the tool of a thread, which lives as long as the thread
-    :param depth: tasks that may be under way or wait; :meth:`submit` waits beyond
+    :param flight: counts the tasks that are under way or wait; :meth:`submit` waits for room in it
     """
 
-    def __init__(self, perform: Callable[[Task, Tool], None], equip: Callable[[], Tool], name: str, *,
-                 count: int = 4, depth: int = 16) -> None:  # fmt: skip
+    def __init__(
+        self,
+        perform: Callable[[Task, Tool], None],
+        equip: Callable[[], Tool],
+        flight: Flight,
+        name: str,
+        count: int = 4,
+    ) -> None:
         self._perform = perform
         self._equip = equip
+        self._flight = flight
         self._name = name
         self._count = count
-        self._depth = depth
-        lock = threading.Lock()
-        self._work = threading.Condition(lock)
-        self._less = threading.Condition(lock)
+        self._work = threading.Condition(threading.Lock())
         self._waiting: deque[Task] = deque()
         self._threads = 0
         self._idle = 0
-        self.pending = 0
 
     def submit(self, task: Task) -> None:
+        self._flight.enter()
         with self._work:
-            while self.pending >= self._depth:
-                self._less.wait()
-            self.pending += 1
             self._waiting.append(task)
             if self._idle:
                 self._work.notify()
@@ -89,27 +123,12 @@ class Workers(Generic[Task, Tool]):
         try:
             self._perform(task, tool)
         finally:
-            with self._work:
-                self.pending -= 1
-                if self.pending == self._depth - 1 or not self.pending:
-                    self._less.notify_all()
+            self._flight.leave()
 
     def drop(self) -> list[Task]:
         """Take back the tasks that nobody has begun."""
         with self._work:
             dropped = list(self._waiting)
             self._waiting.clear()
-            self.pending -= len(dropped)
-            self._less.notify_all()
-            return dropped
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until no task is left; False if that took too long."""
-        until = monotonic() + timeout
-        with self._work:
-            while self.pending:
-                left = until - monotonic()
-                if left <= 0:
-                    return False
-                self._less.wait(left)
-        return True
+        self._flight.leave(len(dropped))
+        return dropped
