@@ -1,0 +1,355 @@
+"""Journal: what a job has done so far, in a file of its own, so that another run can go on after a crash.
+
+A header says which job on which disks it is; behind it stands a bit for each part of the disk: set once the part is
+durable in the target. A bit is set only behind a flush of the target; if the part may change again, the bit is cleared,
+and that is durable, before it does. So whatever moment the process dies at, a set bit is the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+import zlib
+from typing import TYPE_CHECKING, Final
+
+from ..errors import AlreadyExists, ByreError, ImageError, InvalidArgument, from_oserror
+from ..graph import chain
+from ..io.workers import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ..graph.node import Node
+
+__all__ = ["Journal", "identity"]
+
+MAGIC: Final = b"byre journal 1\r\n"
+_HEAD = struct.Struct("<16sIIQQ")
+BITS_AT: Final = 65536
+"""Where the bits begin; all in front of them is the header."""
+MAX_BITS: Final = 1 << 31
+_PAGE: Final = 4096
+_INTERVAL: Final = 2.0
+"""Seconds between two checkpoints."""
+
+
+def identity(node: Node, *, changing: bool = False) -> list[dict[str, object]]:
+    """What tells the files of a disk from others: for each layer its file, and unless ``changing`` its last change."""
+    rows = []
+    for layer in chain.layers(node):
+        below = layer
+        while "file" in below.children:
+            below = below.children["file"].node
+        row: dict[str, object] = {"driver": layer.driver, "size": layer.size}
+        found = getattr(below, "identity", None)
+        if found is not None:
+            row["file"] = list(found)
+        if not changing and os.path.isfile(below.filename):
+            row["changed"] = os.stat(below.filename).st_mtime_ns
+        rows.append(row)
+    return rows
+
+
+class Journal:
+    """An open journal. Thread-safe.
+
+    Guarded by ``_lock``: the bits, and the file.
+
+    :ivar about: which job on which disks, as the header has it
+    :ivar size: of the disk, bytes
+    :ivar granularity: bytes of the disk for each bit
+    """
+
+    def __init__(self, path: str, descriptor: int, about: Mapping[str, object], size: int, granularity: int,
+                 bits: bytearray) -> None:  # fmt: skip
+        self.path = path
+        self.about = about
+        self.size = size
+        self.granularity = granularity
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._done = bits
+        self._pending = bytearray(len(bits))
+        self._flushing = bytearray(len(bits))
+        self._pages: set[int] = set()
+        self._writes: list[tuple[int, int]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str, about: Mapping[str, object], size: int, granularity: int) -> Journal:
+        """A new journal in which nothing is done; durable on return.
+
+        :param about: which job on which disks; anything JSON can hold
+        :raises AlreadyExists: there is a journal, of a job that was not finished
+        :raises InvalidArgument: the disk has too many parts of this size
+        """
+        count = -(-size // granularity)
+        if count > MAX_BITS:
+            raise InvalidArgument(f"a journal of {count} parts is too large: choose a larger granularity")
+        text = json.dumps(about).encode()
+        if _HEAD.size + len(text) > BITS_AT:
+            raise InvalidArgument("the names of the disks are too long for a journal")
+        head = _HEAD.pack(MAGIC, zlib.crc32(text), len(text), size, granularity) + text
+        bits = bytearray(-(-count // 8))
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise AlreadyExists("the journal of an unfinished job is there", where=path,
+                                hint="go on with --resume, or delete it to begin anew") from None  # fmt: skip
+        except OSError as error:
+            raise from_oserror(error, "cannot make the journal", path) from None
+        try:
+            # Its space is taken now: taking back what is done must not fail for want of it.
+            os.posix_fallocate(descriptor, 0, BITS_AT + len(bits))
+            os.fsync(descriptor)
+            # The header comes last: a journal that has one is complete.
+            os.pwrite(descriptor, head, 0)
+            os.fsync(descriptor)
+            _sync_folder(path)
+        except OSError as error:
+            os.close(descriptor)
+            os.unlink(path)
+            raise from_oserror(error, "cannot write the journal", path) from None
+        return cls(path, descriptor, json.loads(text), size, granularity, bits)
+
+    @classmethod
+    def open(cls, path: str) -> Journal:
+        """The journal of an unfinished job.
+
+        :raises NotFound: there is none
+        :raises ImageError: the file is no journal, or was never complete
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise from_oserror(error, "cannot open the journal", path) from None
+        try:
+            return cls(path, descriptor, *_load(descriptor, path))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def check(self, about: Mapping[str, object]) -> None:
+        """:raises InvalidArgument: the journal is of another job, or the disks have changed since"""
+        wanted = json.loads(json.dumps(about))
+        for key in sorted(wanted.keys() | self.about.keys()):
+            if wanted.get(key) != self.about.get(key):
+                raise InvalidArgument(
+                    f"the journal is of another job: its {key} is {_brief(self.about.get(key))}, here it is "
+                    f"{_brief(wanted.get(key))}",
+                    where=self.path, hint="delete the journal to begin anew",
+                )  # fmt: skip
+
+    def close(self) -> None:
+        """Stop, and keep the file."""
+        self.stop()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def remove(self) -> None:
+        """The job is finished: delete the file."""
+        self.close()
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise from_oserror(error, "cannot delete the journal", self.path) from None
+
+    # -- what is done -----------------------------------------------------------------------------
+
+    def done(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is durable in the target, ascending."""
+        import numpy as np
+
+        unit = self.granularity
+        with self._lock:
+            bits = np.frombuffer(bytes(self._done), np.uint8)
+        carry = -1
+        for at in range(0, len(bits), _PAGE):
+            part = np.unpackbits(bits[at : at + _PAGE], bitorder="little")
+            edges = np.flatnonzero(np.diff(part, prepend=np.uint8(carry >= 0), append=part[-1:])).tolist()
+            for edge in edges:
+                if carry < 0:
+                    carry = at * 8 + edge
+                else:
+                    yield carry * unit, min((at * 8 + edge) * unit, self.size) - carry * unit
+                    carry = -1
+        if carry >= 0:
+            yield carry * unit, self.size - carry * unit
+
+    def finished(self, offset: int, length: int) -> None:
+        """The range was written to the target. It counts once it is durable, unless it is being changed again."""
+        parts = [self._inside(offset, length)]
+        with self._lock:
+            for low, high in self._writes:
+                parts = [part for first, last in parts for part in ((first, min(last, low)), (max(first, high), last))]
+            for first, last in parts:
+                if first < last:
+                    self._set(self._pending, first, last)
+
+    def finish_now(self, offset: int, length: int, flush: Callable[[], None]) -> None:
+        """As :meth:`finished`, durable on return."""
+        self.finished(offset, length)
+        self.checkpoint(flush)
+
+    def begin_change(self, offset: int, length: int) -> tuple[int, int]:
+        """The range is about to change in the source: what is said of it is taken back, durably.
+
+        Give the result to :meth:`end_change` when the job knows of the change.
+        """
+        unit = self.granularity
+        first, last = offset // unit, -(-(offset + length) // unit)
+        entry = (first, last)
+        with self._lock:
+            for bits in (self._pending, self._flushing):
+                _fill(bits, first, last, False)
+            if _any(self._done, first, last):
+                _fill(self._done, first, last, False)
+                self._write(set(_pages_of(first, last)))
+            self._writes.append(entry)
+        return entry
+
+    def end_change(self, entry: tuple[int, int]) -> None:
+        with self._lock:
+            self._writes.remove(entry)
+
+    def _inside(self, offset: int, length: int) -> tuple[int, int]:
+        """The parts that lie wholly in a range."""
+        unit, end = self.granularity, offset + length
+        return -(-offset // unit), -(-self.size // unit) if end >= self.size else end // unit
+
+    def _set(self, bits: bytearray, first: int, last: int) -> None:
+        _fill(bits, first, last, True)
+        self._pages.update(_pages_of(first, last))
+
+    # -- durability -------------------------------------------------------------------------------
+
+    def checkpoint(self, flush: Callable[[], None]) -> None:
+        """What is finished so far becomes durable, and then known to be.
+
+        :param flush: of the target
+        :raises ByreError: the flush or a write to the journal failed
+        """
+        with self._lock:
+            if not self._pages:
+                return
+            pages, self._pages = self._pages, set()
+            for page in pages:
+                part = slice(page * _PAGE, (page + 1) * _PAGE)
+                self._flushing[part] = _join(self._flushing[part], self._pending[part])
+                self._pending[part] = bytes(len(self._pending[part]))
+        try:
+            flush()
+        except BaseException:
+            with self._lock:
+                self._pages |= pages
+            raise
+        with self._lock:
+            for page in pages:
+                part = slice(page * _PAGE, (page + 1) * _PAGE)
+                self._done[part] = _join(self._done[part], self._flushing[part])
+                self._flushing[part] = bytes(len(self._flushing[part]))
+            self._write(pages)
+
+    def _write(self, pages: set[int]) -> None:
+        try:
+            for page in sorted(pages):
+                os.pwrite(self._descriptor, self._done[page * _PAGE : (page + 1) * _PAGE], BITS_AT + page * _PAGE)
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise from_oserror(error, "cannot write the journal", self.path) from None
+
+    def start(self, flush: Callable[[], None]) -> None:
+        """Make a checkpoint every two seconds, on a thread of its own, until :meth:`stop`."""
+
+        def run() -> None:
+            while not self._stop.wait(_INTERVAL):
+                try:
+                    self.checkpoint(flush)
+                except ByreError:
+                    return  # less is known to be done; the job meets the same error where it matters
+
+        self._stop.clear()
+        self._thread = spawn(run, "journal")
+
+    def stop(self) -> None:
+        """No more checkpoints."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def _load(descriptor: int, path: str) -> tuple[dict[str, object], int, int, bytearray]:
+    try:
+        head = os.pread(descriptor, BITS_AT, 0)
+        length = os.fstat(descriptor).st_size
+    except OSError as error:
+        raise from_oserror(error, "cannot read the journal", path) from None
+    if len(head) < _HEAD.size or not head.startswith(MAGIC):
+        raise ImageError("the file is no journal of byre, or was never complete", where=path, hint="delete it")
+    _, crc, size_of_text, size, granularity = _HEAD.unpack_from(head)
+    text = head[_HEAD.size : _HEAD.size + size_of_text]
+    count = -(-size // granularity) if granularity else MAX_BITS + 1
+    if zlib.crc32(text) != crc or count > MAX_BITS or length != BITS_AT + -(-count // 8):
+        raise ImageError("the journal is damaged", where=path, hint="delete it and begin anew")
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise ImageError("the journal is damaged", where=path, hint="delete it and begin anew")
+    bits = bytearray(os.pread(descriptor, -(-count // 8), BITS_AT))
+    return about, size, granularity, bits
+
+
+def _pages_of(first: int, last: int) -> range:
+    """The pages of the file that bits ``[first, last)`` lie in."""
+    return range(first // 8 // _PAGE, (last - 1) // 8 // _PAGE + 1)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _fill(bits: bytearray, first: int, last: int, value: bool) -> None:
+    """Set or clear bits ``[first, last)``, the lowest of a byte first."""
+    while first < last and first % 8:
+        _put(bits, first, value)
+        first += 1
+    while first < last and last % 8:
+        last -= 1
+        _put(bits, last, value)
+    if first < last:
+        bits[first // 8 : last // 8] = (b"\xff" if value else b"\0") * (last // 8 - first // 8)
+
+
+def _put(bits: bytearray, index: int, value: bool) -> None:
+    if value:
+        bits[index // 8] |= 1 << index % 8
+    else:
+        bits[index // 8] &= ~(1 << index % 8)
+
+
+def _any(bits: bytearray, first: int, last: int) -> bool:
+    if first >= last:
+        return False
+    number = int.from_bytes(bits[first // 8 : (last - 1) // 8 + 1], "little") >> first % 8
+    return bool(number & ((1 << last - first) - 1))
+
+
+def _join(one: bytearray, other: bytearray) -> bytes:
+    return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
