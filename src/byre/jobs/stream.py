@@ -96,9 +96,15 @@ class StreamJob(Job):
             if sweep(ranges, self._copy, control, policies, chunk=chunk) or self.on_error == "ignore":
                 break
             control.done = 0  # after a stop: what is there by now is passed over
-        self._handle.within(node.flush)
+        self._flush()
         if self.on_error == "ignore" and self._failed is not None:
             raise self._failed
+
+    def _flush(self) -> None:
+        """The copied data first, while writers go on; the flush of the tables, which holds them up, is short then."""
+        for child in getattr(self.node, "sources", ()):
+            self._handle.within(child.node.flush)
+        self._handle.within(self.node.flush)
 
     def _copy(self, offset: int, length: int) -> tuple[int, int]:
         node, base = self.node, self.base
