@@ -135,13 +135,14 @@ class _Builder:
         self.files: list[tuple[str, Node]] = []
         self._by_path: dict[str, int] = {}
         self._ranges: dict[int, list[tuple[int, int]]] = {}
+        self._written: set[str] = set()
         self._directories = 0
         self._sparse_count = 1
-        self._embedded = False
 
     def build(self, disk: _Disk) -> None:
         """Fill ``node`` with the extents of ``disk``."""
         self._sparse_count = max(sum(line.type in ("SPARSE", "VMFSSPARSE", "SESPARSE") for line in disk.lines), 1)
+        self._written = {line.name for line in disk.lines if line.access == "RW"}
         extents: list[DiskExtent] = []
         start = 0
         for index, line in enumerate(disk.lines):
@@ -149,7 +150,6 @@ class _Builder:
             extents.append(extent)
             start = extent.end
         if not disk.lines:
-            self._embedded = True
             self.files.append(("file", self.node.file))
             extents.append(self._sparse(self.node.file, 0, 0, None, "", 0))
             if disk.descriptor is None:
@@ -221,7 +221,7 @@ class _Builder:
         """(source index, node) of an extent's file; ``None`` where it is not to be opened."""
         request, where = self.request, self.node.filename
         flags = request.flags.for_file()
-        if line.access != "RW":
+        if line.name not in self._written:
             flags = flags._replace(read_only=True)
         given = self._given(index)
         if given is not None:
