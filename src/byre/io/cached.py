@@ -43,7 +43,7 @@ def read_cached(top: FormatNode, offset: int, buffer: memoryview) -> bool:
 
 
 def file_range(node: FormatNode, offset: int, length: int) -> tuple[int, int] | None:
-    """Where a range that is one piece of this layer lies in a file; only where nobody writes, for there nothing moves."""
+    """Where a range that is one piece of this layer lies in a file; only where nobody writes, so nothing moves."""
     if not node.read_only or node.cipher is not None or node.report is not None or offset + length > node._size:
         return None
     with node.lock:

@@ -373,10 +373,7 @@ class Transmission:
             self._fail(request, error)
             return False
         if self._is_here(request, alone):
-            self._send_direct()
-            if request.command != wire.CMD_READ:
-                self._send_owed()
-            self._owed = self._carry_out(_Task(request, payload), self._output.view, self._owed)
+            self._carry_out_here(_Task(request, payload))
             return False
         if self._direct is not None and self._is_direct(request) and self._direct.take(request):
             return False
@@ -384,12 +381,20 @@ class Transmission:
         if held:
             self._workers.submit(_Task(request, payload, held))
             return True
-        held = len(payload) if payload is not None else 0
-        if held:
-            self._share.take(held)
-            payload = memoryview(bytes(payload or b""))
-        self._workers.submit(_Task(request, payload, held))
+        if payload is None:
+            self._workers.submit(_Task(request))
+        elif self._share.try_take(len(payload)):
+            self._workers.submit(_Task(request, memoryview(bytes(payload)), len(payload)))
+        else:
+            self._carry_out_here(_Task(request, payload))  # memory is short, and this takes none
         return False
+
+    def _carry_out_here(self, task: _Task) -> None:
+        """In the receiving thread."""
+        self._send_direct()
+        if task.request.command != wire.CMD_READ:
+            self._send_owed()
+        self._owed = self._carry_out(task, self._output.view, self._owed)
 
     def _is_here(self, request: Request, alone: bool) -> bool:
         """Whether the receiving thread carries a request out itself."""
