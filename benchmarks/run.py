@@ -22,7 +22,9 @@ SCRIPTS = {
     "metadata": ([], ["--pairs", "1", "--size", "128G"]),
     "streaming": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
     "chains": ([], ["--pairs", "3", "--size", "512M"]),
+    "jobs": ([], ["--pairs", "3", "--size", "256M"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
+    "nbd_client": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
 }
 
 
