@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LOG_LIMIT", "PAGE", "PAGES_PER_ENTRY", "Entry", "Write", "decode_entry", "encode_entry", "find_sequence"]
 
 PAGE: Final = 4096
-LOG_LIMIT: Final = 32 * MIB
+LOG_LIMIT: Final = 16 * MIB
 """The longest log that is replayed: it is held in memory. Programs make logs of 1 MiB."""
 
 _HEAD: Final = struct.Struct("<4sIIIQII16sQQ")
