@@ -72,7 +72,7 @@ def test_version(capsys: pytest.CaptureFixture[str], prog: str, start: str, opti
         (["info", "/nonexistent/x"], "No such file"),
         (["info", "/nonexistent/\x1b[31m\udcff"], "\\x1b[31m\\udcff"),
         (["create"], "expecting image file name"),
-        (["serve"], "serve is not part of byre 0.1.0 yet (the NBD server)"),
+        (["daemon"], "daemon is not part of byre 0.1.0 yet (the storage daemon)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(

@@ -1,4 +1,4 @@
-"""ova: an appliance in one tar archive, read-only; see :mod:`.ovf` for what is in it."""
+"""ova: an appliance in one tar archive, read-only; see :mod:`.appliance`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import io
 
 from ..errors import ImageError, NotFound
 from ..typing import TYPE_CHECKING, Final
+from .appliance import OPTIONS, open_package
 from .opening import read_exactly
-from .ovf import CHILDREN, OPTIONS, open_package
 from .xmltree import MAX_XML
 
 if TYPE_CHECKING:
     from ..graph.node import Node
     from ..graph.opening import OpenRequest
-    from .ovf import Disk, PackageNode
+    from .appliance import Disk, PackageNode
 
 __all__ = ["CHILDREN", "MAX_MEMBERS", "OPTIONS", "matches", "open_node"]
 
+CHILDREN: Final = ("file",)
 MAX_MEMBERS: Final = 4096
 
 

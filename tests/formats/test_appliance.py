@@ -14,8 +14,8 @@ import byre
 from byre.catalog import probe
 from byre.cli.main import main
 from byre.errors import AccessDenied, ByreError, ImageError, NotFound, NotSupported
-from byre.formats import ovf
-from byre.formats.ovf import Disk
+from byre.formats import appliance
+from byre.formats.appliance import Disk
 from byre.graph.node import Node
 from byre.graph.opening import Policy
 from contracts.node import ReadOnlyFormatContract, patchwork
@@ -136,7 +136,7 @@ def test_probing(tmp_path: Path) -> None:
 def test_units_of_capacity() -> None:
     for units, factor in (("byte * 2^30", 1 << 30), ("GigaBytes", 1 << 30), ("MegaBytes", 1 << 20), ("", 1)):
         data = descriptor(("d", "f", "raw")).replace(b"byte * 2^20", units.encode())
-        assert ovf.decode_descriptor(data) == (Disk("d", "f", 16 * factor, "raw"),)
+        assert appliance.decode_descriptor(data) == (Disk("d", "f", 16 * factor, "raw"),)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_units_of_capacity() -> None:
 )
 def test_descriptors_that_lie(data: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
-        ovf.decode_descriptor(data)
+        appliance.decode_descriptor(data)
 
 
 def test_damaged_archives(tmp_path: Path) -> None:
