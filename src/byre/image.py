@@ -354,23 +354,30 @@ class Image:
 
     def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotEntry:
         """Keep the disk as it is now inside the image, where the format can."""
-        return self._alone(lambda holder: holder.create_snapshot(name, icount=icount))
+        return self._alone("internal-snapshot", lambda holder: holder.create_snapshot(name, icount=icount))
 
     def apply_snapshot(self, name: str) -> None:
         """The disk becomes what it was when snapshot ``name`` (or id) was taken, in content and size."""
-        self._alone(lambda holder: holder.apply_snapshot(name))
+        self._alone("change", lambda holder: holder.apply_snapshot(name))
 
     def delete_snapshot(self, name: str) -> None:
         """Delete the snapshot with this name, else with this id."""
-        self._alone(lambda holder: holder.delete_snapshot(name))
+        self._alone("internal-snapshot-delete", lambda holder: holder.delete_snapshot(name))
 
-    def _alone(self, action: Callable[[HasSnapshots], _T]) -> _T:
-        """Change snapshots while no handle in the graph has a request under way."""
+    def _alone(self, operation: str, action: Callable[[HasSnapshots], _T]) -> _T:
+        """Change snapshots while no handle in the graph has a request under way.
+
+        :raises Busy: ``operation`` is blocked
+        """
         from .formats.abilities import require_snapshots
 
         holder = require_snapshots(self.node)
         if self.read_only:
             raise ReadOnly("cannot change snapshots: the image is open read-only", where=self.filename)
+        if self.node.blockers:
+            from .graph.blockers import check
+
+            check(self.graph, self.node, operation)
         with self.graph.lock:
             images = list(self.graph.images)
         for image in images:

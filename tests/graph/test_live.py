@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic, sleep
 
@@ -12,10 +12,12 @@ import pytest
 import byre
 from byre.errors import Busy, InvalidArgument, NotSupported, ReadOnly
 from byre.filters.base import FilterNode
+from byre.formats.base import FormatNode
 from byre.graph import blockers, live
 from byre.graph.graph import Graph
 from byre.graph.node import PERM_ALL, PERM_READ, PERM_WRITE, Node
 from byre.image import Image
+from byre.jobs.job import Control
 from byre.protocols.memory import MemoryNode
 from support.images import layer, new_image, open_image
 
@@ -34,6 +36,8 @@ class Passing(FilterNode):
     def __init__(self, name: str = "") -> None:
         super().__init__(name=name)
         self.seen = 0
+        self.wrote = 0
+        self.counting = threading.Lock()
         self.waiting = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
@@ -47,6 +51,14 @@ class Passing(FilterNode):
     def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
         self.seen += 1
         super().write_from(offset, buffer, flags)
+        with self.counting:
+            self.wrote += 1
+
+    def writev_from(self, offset: int, buffers: Sequence[memoryview], flags: int = 0) -> None:
+        self.seen += 1
+        super().writev_from(offset, buffers, flags)
+        with self.counting:
+            self.wrote += 1
 
 
 def memory(graph: Graph, name: str, content: bytes = bytes(SIZE)) -> MemoryNode:
@@ -227,15 +239,37 @@ def test_a_filter_goes_below_raw_but_not_below_what_would_not_follow() -> None:
         live.insert_filter(graph, node, graph.find("bytes"))
         image.write(0, b"x")
         assert node.seen
+    below = Image(memory(graph := Graph(), "file"), graph)
+    node = FormatNode()
+    graph.add(node)
+    graph.attach(node, "file", below.node, "data")
+    before = shape(graph)
+    with pytest.raises(NotSupported, match="cannot go on with another node as 'file'"):
+        live.insert_filter(graph, added(graph, "new"), below.node, stay=[below])
+    assert {name: row for name, row in shape(graph).items() if name != "new"} == before
+
+
+def test_filters_below_a_format_under_load() -> None:
+    """Data and metadata both go through them."""
     graph = Graph()
-    with open_image(new_image("qcow2", SIZE), graph=graph) as image:
+    memory_node = new_image("qcow2", SIZE, cluster_size=512)
+    with open_image(memory_node, graph=graph) as image:
         file = image.node.children["file"].node
-        before = shape(graph)
-        node = added(graph)
-        with pytest.raises(NotSupported, match="cannot go on with another node as 'file'"):
-            live.insert_filter(graph, node, file)
-        assert {name: row for name, row in shape(graph).items() if name != node.name} == before
-        image.write(0, b"x")
+        with load(image) as written:
+            for _ in range(20):
+                node = added(graph)
+                live.insert_filter(graph, node, file)
+                writes = file.stats.operation_count[1]
+                while node.seen < 20:
+                    sleep(0.0005)
+                image.flush()
+                with live.quiesce(graph, [file]):
+                    assert node.wrote == file.stats.operation_count[1] - writes
+                live.remove_filter(graph, node)
+        assert image.read(0, SIZE) == written()
+        assert image.node.check(Control()).corruptions == 0  # type: ignore[attr-defined]
+    with open_image(memory_node) as image:
+        assert image.read(0, SIZE) == written()
 
 
 def test_images_that_stay() -> None:
@@ -265,7 +299,7 @@ def test_replace_under_load() -> None:
     graph = Graph()
     first = memory(graph, "first")
     with Image(first, graph, read_only=False) as image:
-        for turn in range(20):
+        for turn in range(8):
             with load(image) as written:
                 pass
             second = memory(graph, f"copy{turn}", written())

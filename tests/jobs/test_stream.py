@@ -152,6 +152,32 @@ def test_under_load(seed: int) -> None:
         assert content(Layer("top", "qcow2")) == written
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_cancelled_and_begun_again_under_load(seed: int) -> None:
+    chooser = random.Random(seed)
+    size = 16 * M
+    make("base", size)
+    write("base", 0, chooser.randbytes(size))
+    make("mid", size, "base", cluster_size=4096)
+    scribble(chooser, "mid", "qcow2", 20)
+    make("top", size, "mid")
+    with byre.open("top", read_only=False) as image, load(image, seed=seed, pause=0.0005) as busy:
+        while len(chain.layers(image.node)) > 1:
+            job = StreamJob(image.graph, chain.layers(image.node)[chooser.choice((0, 0, -2))], speed=64 * M)
+            job.start()
+            if not job.join(chooser.random() * 0.1):
+                with suppress(Busy):
+                    job.cancel()
+            assert job.join(20)
+            assert job.error is None or isinstance(job.error, Cancelled)
+            assert free(image.graph)
+        written = busy.end()
+        assert image.read(0, size) == written
+    assert content(Layer("top", "qcow2")) == written
+    sound("top")
+    sound("mid")
+
+
 def test_the_backing_name_is_derived_or_given(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     make("sub/base")
@@ -362,6 +388,14 @@ def test_refusals() -> None:
                 image.resize(2 * M)
             finally:
                 held.cancel()
+        held = StreamJob(image.graph, image.node)
+        for refused in (lambda: image.create_snapshot("s"), lambda: image.reopen(read_only=True)):
+            with pytest.raises(Busy, match=r"the stream job|block job: stream"):
+                refused()
+        held.cancel()
+        assert not image.read_only
+        image.create_snapshot("s")
+        image.delete_snapshot("s")
         assert free(image.graph)
     with byre.open("flat", format="raw", read_only=False) as image, pytest.raises(NotSupported):
         StreamJob(image.graph, image.node)

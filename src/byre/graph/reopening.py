@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..catalog import driver
 from ..errors import Busy, InvalidArgument
 from ..options import convert, flatten
-from .node import PERM_READ, PERM_RESIZE, PERM_WRITE
+from .node import PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED
 from .opening import COMMON_OPTIONS, FLAG_FIELDS, OpenFlags
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def _transaction(image: Image, top: Node, changes: dict[str, object], own: dict[
         after.append((node, flags, _options(node, own.get(node, {}))))
     was_read_only, used, shared = image.read_only, image._root.used, image._root.shared
     wanted = bool(changes.get("read_only", was_read_only))
+    if wanted and not was_read_only:
+        _check_no_writer(top, image)
     _switch(after, wanted)
     image.read_only = wanted
     try:
@@ -147,6 +149,13 @@ def set_read_only(graph: Graph, node: Node, read_only: bool) -> None:
             _switch(before, was)
             graph.refresh_permissions(node)
             raise
+
+
+def _check_no_writer(top: Node, image: Image) -> None:
+    """:raises Busy: somebody else writes to ``top``"""
+    for edge in top.parents:
+        if edge is not image._root and edge.used & (PERM_WRITE | PERM_WRITE_UNCHANGED):
+            raise Busy(f"cannot make the image read-only: {edge.describe()} writes to it", where=top.filename)
 
 
 def _switch(changes: list[tuple[Node, OpenFlags, OptionValues]], read_only: bool) -> None:

@@ -479,6 +479,12 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
                 self.store_bitmaps()
                 self._guarded(self.settle)
 
+    def child_moved(self, child: Child) -> None:
+        if child.name == "file":
+            from .opening import lead_to
+
+            lead_to(self, child.node)
+
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ
 
