@@ -1,7 +1,8 @@
 """``bench``: how many requests per second an image takes.
 
 Requests are made one after the other in this thread while they end in memory: the work is Python's then, and more
-threads would only take turns. With direct I/O (``-t none``) as many are in flight as ``-d`` says, up to 64 threads.
+threads would only take turns. With direct I/O (``-t none``), and over a network, as many are in flight as ``-d`` says,
+up to 64 threads.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def run(arguments: list[str]) -> int:
         if plan.flush_interval:
             sys.stdout.write(f"Sending flush every {plan.flush_interval} requests\n")
         sys.stdout.flush()
-        direct = cache in ("none", "off", "directsync")
+        remote = any(node.driver == "nbd" for node in image.graph.nodes.values())
+        waits = remote or cache in ("none", "off", "directsync")
         started = perf_counter()
-        _Bench(image, plan, min(plan.depth, _MAX_THREADS) if direct else 1).run()
+        _Bench(image, plan, min(plan.depth, _MAX_THREADS) if waits else 1).run()
         elapsed = perf_counter() - started
         sys.stdout.write(f"Run completed in {elapsed:3.3f} seconds.\n")
     return 0

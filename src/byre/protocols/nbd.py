@@ -189,13 +189,16 @@ class NbdNode(Node):
             yield Request(wire.CMD_WRITE, offset, size, flags, payload=held)
 
     def flush(self) -> None:
-        """One connection's flush covers what was acknowledged on any: that is what allows several."""
+        """Whatever the cache mode is: it says what this side may leave out, not the server.
+
+        One connection's flush covers what was acknowledged on any: that is what allows several.
+        """
         started = perf_counter_ns()
         self._flush()
         self.stats.done(Stats.FLUSH, 0, started)
 
     def _flush(self) -> None:
-        if not self.open_flags.no_flush and self._flags & wire.TRANSMISSION_FLUSH and not self.read_only:
+        if self._flags & wire.TRANSMISSION_FLUSH and not self.read_only:
             self.client.run_one(Request(wire.CMD_FLUSH, 0, 0))
 
     # -- zeroes and discards ----------------------------------------------------------------------
