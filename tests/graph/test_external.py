@@ -126,6 +126,7 @@ def test_refused_overlays() -> None:
     make("chained", below="disk")
     graph = Graph()
     with byre.open("disk", graph=graph, read_only=False) as image:
+
         def refuse(node: Node, kind: type[ByreError], match: str) -> None:
             with pytest.raises(kind, match=match):
                 append(graph, [(image, node)])

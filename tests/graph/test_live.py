@@ -240,9 +240,9 @@ def test_a_filter_goes_below_raw_but_not_below_what_would_not_follow() -> None:
         image.write(0, b"x")
         assert node.seen
     below = Image(memory(graph := Graph(), "file"), graph)
-    node = FormatNode()
-    graph.add(node)
-    graph.attach(node, "file", below.node, "data")
+    holding = FormatNode()
+    graph.add(holding)
+    graph.attach(holding, "file", below.node, "data")
     before = shape(graph)
     with pytest.raises(NotSupported, match="cannot go on with another node as 'file'"):
         live.insert_filter(graph, added(graph, "new"), below.node, stay=[below])

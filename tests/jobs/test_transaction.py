@@ -72,7 +72,7 @@ def ended(*jobs: Job) -> None:
 def test_all_prepare_before_one_commits() -> None:
     hooks: list[str] = []
     go = threading.Event()
-    quick, slow = Scripted("quick", hooks), Scripted("slow", hooks, lambda control: [None, go.wait(10)][0])
+    quick, slow = Scripted("quick", hooks), Scripted("slow", hooks, lambda control: until(go.is_set))
     start_all([quick, slow], grouped=True)
     until(lambda: quick.state is State.WAITING)
     sleep(0.02)
@@ -221,7 +221,10 @@ def test_several_threads_stop_at_once() -> None:
 
 
 def test_a_stopped_job_can_be_cancelled() -> None:
-    job = Scripted("job", [], lambda control: control.on_error(IOFailure("bad"), "stop", source=True) and None)
+    def stopped(control: Control) -> None:
+        control.on_error(IOFailure("bad"), "stop", source=True)
+
+    job = Scripted("job", [], stopped)
     job.start()
     until(lambda: job.state is State.PAUSED)
     assert job.io_status == "failed"
