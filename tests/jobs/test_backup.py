@@ -567,3 +567,15 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
     started = monotonic()
     yield
     assert monotonic() - started < 30, request.node.name
+
+
+def test_internal_snapshots_wait() -> None:
+    """Going back to one would change the disk behind the job's back."""
+    source, target = pair()
+    source.create_snapshot("before")
+    job = BackupJob(source, target)
+    for request in (source.apply_snapshot, source.delete_snapshot, source.create_snapshot, target.create_snapshot):
+        with pytest.raises((Busy, NotSupported)):
+            request("before")
+    job.cancel()
+    source.apply_snapshot("before")

@@ -611,3 +611,15 @@ def test_quiesce_of_all_nodes_does_not_hang() -> None:
         assert job.join(20)
         assert job.error is None
         writers.more(5)
+
+
+def test_internal_snapshots_wait() -> None:
+    """Going back to one would change the disk behind the job's back."""
+    source, target = disks()
+    source.create_snapshot("before")
+    job = MirrorJob(source, target)
+    for request in (source.apply_snapshot, source.delete_snapshot, source.create_snapshot, target.create_snapshot):
+        with pytest.raises(Busy, match="in use by block job: mirror"):
+            request("before")
+    job.cancel()
+    source.apply_snapshot("before")

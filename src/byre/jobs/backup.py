@@ -188,7 +188,7 @@ class BackupJob(Job):
             insert_filter(graph, self._filter, source, stay=[reader])
             self._take_bitmap(undo)
             self._filter.begin(self._cluster, self._bitmap if self.options.sync in ("incremental", "bitmap") else None)
-            blocking = Blocking(graph, occupied, "block device is in use by block job: backup")
+            blocking = Blocking(graph, [self._filter, *occupied], "block device is in use by block job: backup")
             undo.callback(blocking.release)
 
     def _settings(self) -> CopySettings:
@@ -233,7 +233,7 @@ class BackupJob(Job):
             return
         with quiesce(self._graph, [self._filter], running=[self._writer]):
             try:
-                self._writer.flush()
+                self._writer.node.flush()
             except ByreError:
                 return  # nothing is known to be there: all of it stays dirty
             bitmap.abdicate()
@@ -246,6 +246,7 @@ class BackupJob(Job):
         return self._filter.state
 
     def run(self, control: Control) -> None:
+        self._copy.look_for_holes()
         self._account()
         if self.options.sync == "none":
             while True:

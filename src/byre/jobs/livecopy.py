@@ -76,19 +76,37 @@ class LiveCopy:
         self.base = base
         self._engine = BlockCopy(_Source(source), cast("Image", _Target(target)), settings)
         self._unit = getattr(target.node, "cluster_size", 0) if settings.compress else 0
-        # Where the file below may have holes, what a format calls data is looked at again there.
-        self._sparse = [
-            layer for layer in chain.layers(source.node) if isinstance(layer, HasHoles) and layer.has_holes()
-        ]
+        self._sparse: list[Node] = []
+        self._gated = True
 
     @property
     def chunk(self) -> int:
         """The longest range to ask for, bytes."""
         return self._engine.chunk
 
+    def look_for_holes(self) -> None:
+        """From now on what a format calls data is looked at again where the file below may have holes. Takes time."""
+        with self.request():
+            self._sparse = [
+                layer for layer in chain.layers(self.source.node) if isinstance(layer, HasHoles) and layer.has_holes()
+            ]
+
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """Requests in the body pass the gates, for the caller holds the graph lock: whoever holds the gates may wait
+        for that lock."""
+        self._gated = False
+        try:
+            yield
+        finally:
+            self._gated = True
+
     @contextmanager
     def request(self) -> Iterator[None]:
         """A request of several steps, of which changes of the graph see the whole or nothing."""
+        if not self._gated:
+            yield
+            return
         self.source._enter()
         try:
             self.target._enter()

@@ -206,7 +206,8 @@ class MirrorJob(Job):
                 insert_filter(graph, self._top, source, stay=[self._read])
                 if self.options.copy_mode == "write-blocking":
                     self._write_both()
-                self._blocking = Blocking(graph, occupied, f"block device is in use by block job: {self.kind}")
+                reason = f"block device is in use by block job: {self.kind}"
+                self._blocking = Blocking(graph, [self._top, *occupied], reason)
             chunk = _chunk(self.options.buffer_size or DEFAULT_BUFFER, self._top.dirty.granularity)
             settings = CopySettings(sparse=0, unmap=self.options.unmap, whole_total=False, chunk=chunk)
             self._copy = LiveCopy(self._read, self._writer, settings, base=leave)
@@ -245,6 +246,7 @@ class MirrorJob(Job):
     # -- copying ----------------------------------------------------------------------------------
 
     def run(self, control: Control) -> None:
+        self._copy.look_for_holes()
         if self.options.sync != "none":
             self._mark_initial(control)
         self._primed = True
@@ -363,11 +365,11 @@ class MirrorJob(Job):
         """Hold the users of the source back, copy the rest, and have the target take its place if so asked."""
         assert self._read is not None
         running = (self._read, self._writer)
-        with quiesce(self._graph, [self._top, self._target_node], running=running):
+        with quiesce(self._graph, [self._top, self._target_node], running=running), self._copy.ungated():
             while self._top.dirty.dirty_bits:
                 sweep(self._due(), self._copy_dirty, Control(), Policies(), chunk=self._copy.chunk)
             self._account()
-            self._writer.flush()
+            self._writer.node.flush()
             users = [image for image in self._graph.images
                      if image not in running and self._graph.reaches(image.node, self._top)]  # fmt: skip
             if not self.soft_cancelled:
@@ -377,6 +379,8 @@ class MirrorJob(Job):
                 self._held.append(image)
 
     def _pivot(self) -> None:
+        if self._blocking is not None:
+            self._blocking.release()
         old = self._replaced or self._top
         before = list(old.parents)
         replace_node(self._graph, old, self._target_node)
