@@ -1,0 +1,264 @@
+"""Control: what a running job holds on to: it counts, paces, pauses, is cancelled, and asks what to do about errors.
+
+Usable alone, where nobody wants to steer. States and verbs are the job's (:mod:`.job`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import Cancelled, InvalidArgument
+from .errors_policy import IGNORE, REPORT, RETRY, STOP, decide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..errors import ByreError
+
+__all__ = ["Control", "Progress"]
+
+_SLICE: Final = 0.1
+"""Seconds of work that a limited job may do at once."""
+
+_RATE_WINDOW: Final = 5.0
+
+
+class Progress(NamedTuple):
+    """How far a job is.
+
+    :ivar offset: done so far, in the job's unit (bytes, for most)
+    :ivar total: all there is to do; 0 while unknown
+    :ivar rate: units per second over the last seconds
+    :ivar eta: seconds left, ``None`` while unknown
+    """
+
+    offset: int
+    total: int
+    rate: float
+    eta: float | None
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * min(self.offset, self.total) / self.total if self.total else 0.0
+
+
+class Control:
+    """What a running job holds on to; usable alone, where nobody wants to pause or cancel.
+
+    Guarded by its own lock, a leaf: ``done``, ``total``, requests to pause and cancel, the speed. ``attention``
+    is a hint that may be read without it.
+
+    :ivar measure: somebody watches: a job may spend time on finding its exact total first
+    :ivar attention: a pause or a cancellation is waiting at the next :meth:`checkpoint`
+    """
+
+    def __init__(self, total: int = 0, *, speed: int = 0, measure: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self.measure = measure
+        #: Called after each :meth:`advance`, by the thread that does the work.
+        self.on_advance: Callable[[], None] | None = None
+        self.attention = False
+        self.done = 0
+        self._total = total
+        self._speed = speed
+        self._busy_until = 0.0
+        self._pauses = 0
+        self._resting = 0
+        self._cancelled = False
+        self._completing = False
+        self._samples: deque[tuple[float, int]] = deque(maxlen=64)
+        self._on_pause: Callable[[bool], None] | None = None
+        self._pause_lock = threading.Lock()
+        self._told_pause = False
+        #: Called as ``on_stop(error)`` before the job pauses for an error; without it nobody could resume.
+        self._on_stop: Callable[[ByreError], None] | None = None
+        #: Called as ``on_error_event(error, is_source, action)`` for each error that a policy handled.
+        self.on_error_event: Callable[[ByreError, bool, str], None] | None = None
+        self._on_ready: Callable[[], None] | None = None
+
+    # -- for the job's own code -------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        return self._total
+
+    @total.setter
+    def total(self, value: int) -> None:
+        with self._lock:
+            self._total = value
+
+    def advance(self, count: int, moved: int | None = None) -> None:
+        """``count`` more is done; pause, cancel and keep to the speed here.
+
+        :param moved: bytes that count against the speed limit; ``count`` if left out
+        :raises Cancelled: the job was cancelled
+        """
+        self.count(count, moved)
+        if self.on_advance is not None:
+            self.on_advance()
+        if self.attention:
+            self.checkpoint()
+
+    def count(self, count: int, moved: int | None = None) -> None:
+        """As :meth:`advance`, but without pausing: for threads that hold up others of the same job.
+
+        :raises Cancelled: while waiting for the speed limit
+        """
+        now = monotonic()
+        with self._lock:
+            self.done += count
+            if not self._samples or now - self._samples[-1][0] >= 0.1:
+                self._samples.append((now, self.done))
+            if self._speed:
+                self._spend(count if moved is None else moved, now)
+
+    def _spend(self, moved: int, now: float) -> None:
+        """Wait until ``moved`` bytes fit the speed; called with the lock held, which the waiting gives up."""
+        self._busy_until = max(self._busy_until, now - _SLICE) + moved / self._speed
+        while self._speed and not self._cancelled:
+            delay = self._busy_until - monotonic()
+            if delay <= 0:
+                return
+            self._changed.wait(min(delay, 1.0))
+        if self._cancelled:
+            raise Cancelled("the job was cancelled")
+
+    def checkpoint(self) -> None:
+        """A place where nothing is in flight: pauses and cancellations happen here.
+
+        :raises Cancelled: the job was cancelled
+        """
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled("the job was cancelled")
+            if not self._pauses:
+                return
+            self._resting += 1
+        self._tell_pause()
+        with self._lock:
+            while self._pauses and not self._cancelled:
+                self._changed.wait()
+            cancelled = self._cancelled
+            self._resting -= 1
+        self._tell_pause()
+        if cancelled:
+            raise Cancelled("the job was cancelled")
+
+    def _tell_pause(self) -> None:
+        """Several threads may rest at once: what is told is whether any does, each change once."""
+        with self._pause_lock:
+            resting = self._resting > 0
+            if self._on_pause is not None and resting != self._told_pause:
+                self._told_pause = resting
+                self._on_pause(resting)
+
+    def on_error(self, error: ByreError, policy: str = "report", *, source: bool) -> str:
+        """What to do about a request that failed, by a policy of :mod:`byre.jobs.errors_policy`.
+
+        ``stop`` waits here until the job is resumed. Called by any thread of the job.
+
+        :param source: reading failed; else writing to the target
+        :returns: RETRY, or IGNORE where the policy says so
+        :raises ByreError: ``error``, where it is to be reported, or nobody is there who could resume
+        :raises Cancelled: while stopped
+        """
+        action = decide(error, policy)
+        if action == STOP and self._on_stop is None:
+            action = REPORT
+        if self.on_error_event is not None:
+            self.on_error_event(error, source, action)
+        if action == IGNORE:
+            return IGNORE
+        if action == REPORT or self._on_stop is None:
+            raise error
+        self._on_stop(error)
+        self.checkpoint()
+        return RETRY
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; a verb on the job ends it early. A pause point.
+
+        :raises Cancelled: the job was cancelled
+        """
+        end = monotonic() + seconds
+        with self._lock:
+            while not (self._pauses or self._cancelled or self._completing):
+                left = end - monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(left)
+        self.checkpoint()
+
+    def ready(self) -> None:
+        """The first phase is over: the job goes on until :attr:`completing`."""
+        if self._on_ready is not None:
+            self._on_ready()
+
+    @property
+    def completing(self) -> bool:
+        """The job was told to complete (or softly cancelled while ready): finish and return."""
+        return self._completing
+
+    # -- for those who watch ----------------------------------------------------------------------
+
+    def progress(self) -> Progress:
+        """The counters now."""
+        now = monotonic()
+        with self._lock:
+            done, total = self.done, self._total
+            while len(self._samples) > 2 and now - self._samples[1][0] > _RATE_WINDOW:
+                self._samples.popleft()
+            first = self._samples[0] if self._samples else (now, done)
+        elapsed = now - first[0]
+        rate = (done - first[1]) / elapsed if elapsed > 0.05 else 0.0
+        eta = (total - done) / rate if rate > 0 and total else None
+        return Progress(done, total, rate, eta)
+
+    # -- for those who steer ----------------------------------------------------------------------
+
+    @property
+    def speed(self) -> int:
+        """Bytes per second, 0 for no limit."""
+        return self._speed
+
+    def set_speed(self, speed: int) -> None:
+        """:raises InvalidArgument: negative"""
+        if speed < 0:
+            raise InvalidArgument(f"speed is {speed}: expected bytes per second, or 0 for no limit")
+        with self._lock:
+            self._speed = speed
+            self._busy_until = 0.0
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Ask to stop at the next checkpoint; nests."""
+        with self._lock:
+            self._pauses += 1
+            self.attention = True
+            self._changed.notify_all()
+
+    def resume(self) -> None:
+        with self._lock:
+            self._pauses = max(0, self._pauses - 1)
+            self.attention = self._cancelled or self._pauses > 0
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Ask to end at the next checkpoint with :class:`Cancelled`."""
+        with self._lock:
+            self._cancelled = True
+            self.attention = True
+            self._changed.notify_all()
+
+    def complete(self) -> None:
+        with self._lock:
+            self._completing = True
+            self._changed.notify_all()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
