@@ -16,7 +16,7 @@ from byre.errors import AccessDenied, ByreError, InvalidArgument, IOFailure, Not
 from byre.graph.graph import Graph
 from byre.graph.node import PERM_ALL, PERM_READ, PERM_WRITE, Node
 from byre.graph.opening import Opener, OpenFlags, Policy
-from byre.io.extent import DATA, MAY_UNMAP, NO_FALLBACK, NOT_COUNTED, ZERO
+from byre.io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NOT_COUNTED, ZERO
 from byre.nbd import wire
 from byre.protocols.nbd import NbdNode
 from conftest import Run
@@ -340,6 +340,39 @@ def test_zeroes_are_asked_for_as_they_are_meant(tmp_path: Path) -> None:
             node.write_zeroes(512, 1024, NO_FALLBACK | MAY_UNMAP)
         assert [request.flags for request in seen] == [wire.CMD_FLAG_NO_HOLE, 0, wire.CMD_FLAG_FAST_ZERO]
         node.close()
+
+
+def test_a_flush_reaches_the_server_whatever_the_cache_mode(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def script(sock):  # type: ignore[no-untyped-def]
+        greet(sock)
+        for request, _ in requests(sock):
+            seen.append(request.command)
+            sock.sendall(wire.encode_simple_reply(wire.SimpleReply(0, request.cookie)))
+
+    with scripted(tmp_path, script) as server:
+        with byre.open(server.uri, format="raw", read_only=False, cache="unsafe") as image:
+            image.write(0, b"x" * 512)
+        assert seen == [wire.CMD_WRITE, wire.CMD_FLUSH]
+
+
+def test_without_fua_a_durable_write_is_flushed(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def script(sock):  # type: ignore[no-untyped-def]
+        greet(sock, flags=FLAGS & ~wire.TRANSMISSION_FUA)
+        for request, _ in requests(sock):
+            seen.append((request.command, request.flags))
+            sock.sendall(wire.encode_simple_reply(wire.SimpleReply(0, request.cookie)))
+
+    with scripted(tmp_path, script) as server:
+        node = opened(server.uri)
+        write(node, 0, b"x" * 512, FUA)
+        node.write_zeroes(0, 512, FUA | MAY_UNMAP)
+        node.close()
+    flush = (wire.CMD_FLUSH, 0)
+    assert seen == [(wire.CMD_WRITE, 0), flush, (wire.CMD_WRITE_ZEROES, 0), flush]
 
 
 # -- opening --------------------------------------------------------------------------------------
