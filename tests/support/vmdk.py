@@ -91,7 +91,7 @@ def hosted(content: bytes, *, grain: int = 65536, per_table: int = 512, redundan
 
 
 def stream(content: bytes, *, grain: int = 65536, per_table: int = 512, markers: bool = True, text: bytes | None = None,
-           level: int = 6) -> bytes:  # fmt: skip
+           level: int = 6, payload: bytes = b"") -> bytes:  # fmt: skip
     """A stream-optimized extent as VMware writes it: grains, each table behind its grains, directory, footer."""
     sectors = len(content) // SECTOR
     inside = descriptor([f'RW {sectors} SPARSE "memory"'], "streamOptimized") if text is None else text
@@ -109,7 +109,7 @@ def stream(content: bytes, *, grain: int = 65536, per_table: int = 512, markers:
                 table.append(0)
                 continue
             table.append(len(out) // SECTOR)
-            packed = zlib.compress(part, level)
+            packed = payload or zlib.compress(part, level)
             out += struct.pack("<QI", index * grain // SECTOR, len(packed)) if markers else b""
             out += packed
             out += bytes(-len(out) % SECTOR)

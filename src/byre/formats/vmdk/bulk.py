@@ -15,13 +15,14 @@ from .extents import NUMBER_BITS, SeSparseExtent, SparseExtent
 from .layout import ZERO_GRAIN
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from .extents import DiskExtent
 
-__all__ = ["classify", "lookup_all", "table_entries"]
+__all__ = ["classify", "has_repeats", "lookup_all", "table_entries"]
 
 _STEP: Final = 1 << 18
 """Grains at once: some 10 MiB of columns."""
@@ -90,3 +91,10 @@ def _classify_sesparse(extent: SeSparseExtent, entries: NDArray[Any]) -> tuple[N
     kind = np.array((UNALLOCATED, ZERO, ZERO, DATA), np.uint8)[type_of]
     host = np.where(kind == DATA, number.astype(np.int64) * extent.grain + extent.grains, NO_HOST)
     return kind, host
+
+
+def has_repeats(*directories: array[int]) -> bool:
+    """Whether two entries of grain directories name the same place."""
+    used = np.concatenate([np.frombuffer(directory, f"u{directory.itemsize}") for directory in directories])
+    used = np.sort(used[used > 1])
+    return bool((used[1:] == used[:-1]).any())

@@ -15,7 +15,7 @@ from ...errors import Corrupt, NotSupported
 from ...io.extent import COMPRESSED, DATA
 from ...units import SECTOR
 from ..abilities import CheckResult
-from .bulk import classify, table_entries
+from .bulk import classify, has_repeats, table_entries
 from .extents import PlainExtent, SparseExtent
 from .layout import UNCLEAN_AT
 from .opening import load_redundant
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_image", "equalize"]
 
-_TABLES_AT_ONCE: Final = 512
+_GRAINS_AT_ONCE: Final = 1 << 18
 _MESSAGES: Final = 100
 
 
@@ -84,11 +84,15 @@ def _check_sparse(node: VmdkNode, extent: SparseExtent, control: Control, found:
     floor = header.overhead * SECTOR if header is not None and not extent.compressed else SECTOR
     if header is not None and header.redundant:
         load_redundant(extent, header)
-        if fix == "all":
-            _mend(node, index, extent, found)
+    if has_repeats(*extent.tables.copies):
+        found.damage(f"two grain tables of {extent.name} share a place; nothing else is looked at")
+        control.advance(extent.size)
+        return
+    if fix == "all" and header is not None and header.redundant:
+        _mend(node, index, extent, found)
     places = bytearray()
     unit = np.dtype(np.uint32 if extent.tables.width == 4 else np.uint64)
-    for first, last in _windows(len(extent.tables.copies[0])):
+    for first, last in _windows(len(extent.tables.copies[0]), max(_GRAINS_AT_ONCE // extent.tables.per_table, 1)):
         control.advance(min(extent.size - first * extent.span, (last - first) * extent.span))
         with node.lock:
             entries = _entries(extent, first, last, found)
@@ -116,9 +120,9 @@ def _mend(node: VmdkNode, index: int, extent: SparseExtent, found: _Findings) ->
         node.headers[index] = header._replace(unclean=0)
 
 
-def _windows(count: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, count, _TABLES_AT_ONCE):
-        yield first, min(first + _TABLES_AT_ONCE, count)
+def _windows(count: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
 
 
 def _entries(extent: SparseExtent, first: int, last: int, found: _Findings) -> NDArray[Any] | None:
@@ -188,7 +192,8 @@ def _unequal(extent: SparseExtent, first: int, last: int) -> Iterator[int]:
     cannot be found, it harms nobody who reads."""
     tables = extent.tables
     for copy in range(1, len(tables.copies)):
-        for index in range(first, last):
+        one, other = (np.frombuffer(tables.copies[number], np.uint32)[first:last] for number in (0, copy))
+        for index in (np.flatnonzero(one | other) + first).tolist():
             try:
                 table, host = tables.get(index), tables.host(index, copy)
             except Corrupt:

@@ -7,8 +7,9 @@ Extent files are named by the descriptor and pass the same gate as every file th
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
-from ...errors import ByreError, ImageError
+from ...errors import ByreError, Corrupt, ImageError
 from ...graph.opening import has_protocol, resolve_backing
 from ...typing import TYPE_CHECKING, Final, NamedTuple, cast
 from ...units import SECTOR, align_up
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from ...graph.opening import OpenRequest
     from .layout import SparseHeader
 
-__all__ = ["load_redundant", "open_vmdk"]
+__all__ = ["check_distinct", "load_redundant", "open_vmdk"]
 
 _CACHE_BYTES: Final = 16 << 20
+_FEW_TABLES: Final = 1 << 16
 _DIRECTORY_BYTES: Final = 64 << 20
 """Of all extents together."""
 _DESCRIPTOR_SECTOR: Final = 1
@@ -157,6 +159,10 @@ class _Builder:
                 self.request.opener.graph.warnings.append(
                     f"{self.node.filename}: the extent holds no descriptor; what only its parent has reads as zeroes"
                 )
+        for source, ranges in self._ranges.items():
+            ranges.sort()
+            if any(before[1] > behind[0] for before, behind in pairwise(ranges)):
+                self._refuse(f"extents overlap in the file {self.files[source][1].filename!r}")
         self.node.use_extents(extents)
         if len(extents) > 1 and any(extent.compressed for extent in extents):
             self._refuse("a disk of several extents, some of them compressed, can only be read")
@@ -192,7 +198,7 @@ class _Builder:
         try:
             if line.type in PLAIN_TYPES:
                 base = line.offset * SECTOR
-                self._check_overlap(source, base, size, file)
+                self._ranges.setdefault(source, []).append((base, base + size))
                 return PlainExtent(start, size, line.type, file, base, name=file.filename, source=source,
                                    writable=writable)  # fmt: skip
             if source in self._ranges:
@@ -202,12 +208,6 @@ class _Builder:
         except ImageError as error:
             error.where = error.where or file.filename
             raise
-
-    def _check_overlap(self, source: int, base: int, size: int, file: Node) -> None:
-        taken = self._ranges.setdefault(source, [])
-        if any(base < end and start < base + size for start, end in taken):
-            self._refuse(f"extents overlap in the file {file.filename!r}")
-        taken.append((base, base + size))
 
     def _shown(self, name: str) -> str:
         try:
@@ -351,7 +351,10 @@ class _Builder:
         self._directories += count * width
         if self._directories > _DIRECTORY_BYTES:
             raise ImageError(f"the grain directories have more than {_DIRECTORY_BYTES} bytes together")
-        return decode_entries(read_exactly(file, sector * SECTOR, count * width, "grain directory"), width)
+        directory = decode_entries(read_exactly(file, sector * SECTOR, count * width, "grain directory"), width)
+        if not self.request.flags.check:
+            check_distinct(directory)
+        return directory
 
     def _capacity(self, table_size: int) -> int:
         """Tables of one extent that may be kept."""
@@ -359,6 +362,20 @@ class _Builder:
 
     def _relieve(self) -> None:
         self.node.write_back()
+
+
+def check_distinct(*directories: array[int]) -> None:
+    """:raises Corrupt: two tables are said to lie in one place: what is written into one would appear in the other"""
+    count = sum(map(len, directories))
+    if count < _FEW_TABLES:
+        used = [entry for directory in directories for entry in directory if entry > 1]
+        shared = len(set(used)) < len(used)
+    else:
+        from .bulk import has_repeats
+
+        shared = has_repeats(*directories)
+    if shared:
+        raise Corrupt("two grain tables are said to lie in one place", hint='run "byre check"')
 
 
 def load_redundant(extent: SparseExtent, header: SparseHeader) -> None:

@@ -25,6 +25,7 @@ _SWAP: Final = sys.byteorder == "big"
 _ONE_READ: Final = 4 << 20
 """Bulk reading takes tables that follow each other in the file in one request, of at most so many bytes."""
 _ONE_WRITE: Final = 1 << 20
+_LOOK_AHEAD: Final = 4096
 
 
 def decode_entries(data: bytes | bytearray | memoryview, width: int) -> array[int]:
@@ -126,9 +127,9 @@ class GrainTables:
             if cached is not None:
                 yield 1, encode_entries(cached)
             elif not host:
-                while index + count < last and self.copies[0][index + count] == self.copies[0][index]:
-                    count += 1
-                yield count, encode_entries(self._zeroes) * count if self._zeroes and self.copies[0][index] else None
+                zeroes = encode_entries(self._zeroes) if self._zeroes and self.copies[0][index] else None
+                count = 1 if zeroes else self._missing_run(index, last)
+                yield count, zeroes
             else:
                 while (count < most and index + count < last and index + count not in self._cached
                        and self.host(index + count) == host + count * self.table_size):  # fmt: skip
@@ -137,6 +138,11 @@ class GrainTables:
                 self.file.read_into(host, memoryview(data))
                 yield count, data
             index += count
+
+    def _missing_run(self, index: int, last: int) -> int:
+        """How many tables from ``index``, which is not there, are not there; it may be more than that."""
+        raw = self.copies[0][index : min(last, index + _LOOK_AHEAD)].tobytes()
+        return max((len(raw) - len(raw.lstrip(b"\0"))) // self.copies[0].itemsize, 1)
 
     def _make_room(self) -> None:
         if len(self._cached) < self.capacity:

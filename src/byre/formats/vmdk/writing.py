@@ -53,10 +53,11 @@ def _start_extent(node: VmdkNode, index: int, extent: SparseExtent) -> None:
 
 def new_allocator(node: VmdkNode, index: int, extent: SparseExtent) -> Allocator:
     """For extent ``index``, with both copies of its tables at hand."""
-    from .opening import load_redundant
+    from .opening import check_distinct, load_redundant
 
     header = node.headers[index]
     load_redundant(extent, header)
+    check_distinct(*extent.tables.copies)
     return Allocator(extent, header, node.inflight.when_clear, last=index == len(node.extents_of_disk) - 1)
 
 
