@@ -412,3 +412,16 @@ def test_a_reply_in_pieces_in_any_order(tmp_path: Path) -> None:
         client.run_one(request)
         assert request.buffer == b"\1" * 1024 + b"\2" * 1024 + bytes(1024) + b"\4" * 1024
         client.close()
+
+
+def test_a_long_wait_for_a_server_is_no_recursion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from byre.nbd import session
+
+    monkeypatch.setattr(session, "_FIRST_PAUSE", 0.0001)
+    monkeypatch.setattr(session, "_LONGEST_PAUSE", 0.0001)
+    with scripted(tmp_path, simple_disk(bytearray(SIZE), answers=0)) as server:
+        client = Client(settings(server, reconnect_delay=0.5))
+        server.path.unlink()
+        with pytest.raises(IOFailure, match="Failed to connect"):
+            client.run_one(read())
+        client.close()

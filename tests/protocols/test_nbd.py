@@ -551,3 +551,35 @@ def test_several_connections_where_the_server_allows_them(tmp_path: Path) -> Non
         write(node, 0, b"seen" * 1000)
         assert read(node, 0, 4000) == b"seen" * 1000
         node.close()
+
+
+def test_reopening(tmp_path: Path) -> None:
+    with (
+        scripted(tmp_path, simple_disk(bytearray(SIZE))) as server,
+        byre.open(server.uri, format="raw", read_only=False) as image,
+    ):
+        image.reopen(read_only=True)
+        with pytest.raises(ReadOnly):
+            image.write(0, b"x")
+        image.reopen(read_only=False)
+        image.write(0, b"x")
+        for options in ({"file.export": "other"}, {"file.reconnect-delay": 7}):
+            with pytest.raises(InvalidArgument, match="cannot change"):
+                image.reopen(options=options)
+        assert image.read(0, 1) == b"x"
+
+
+def test_a_disk_too_large_to_be_counted(tmp_path: Path) -> None:
+    def script(sock):  # type: ignore[no-untyped-def]
+        greet(sock, size=(1 << 63) - 1)
+        sock.recv(1)
+
+    with scripted(tmp_path, script) as server, pytest.raises(ByreError, match="possible are"):
+        opened(server.uri)
+
+
+def test_an_empty_disk(tmp_path: Path) -> None:
+    with scripted(tmp_path, simple_disk(bytearray())) as server:
+        assert main(["map", "-f", "raw", server.uri]) == 0
+        assert main(["convert", "-f", "raw", "-O", "raw", server.uri, str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy").read_bytes() == b""

@@ -106,25 +106,33 @@ class _Line:
 
         :raises ByreError: there is none, and waiting for one is over
         """
-        connection = self._connection
-        if connection is not None and connection.error is None:
-            return connection
+        while True:
+            connection = self._connection
+            if connection is not None and connection.error is None:
+                return connection
+            if self._is_my_turn():
+                self._attempt()
+
+    def _is_my_turn(self) -> bool:
+        """Wait until there is a connection (False), or until this thread is the one to make it (True).
+
+        :raises ByreError: waiting is over
+        """
         with self._changed:
             self._notice_loss_locked()
             while self._connection is None:
-                left = self._lost_at + self._settings.reconnect_delay - monotonic()
-                wait = self._next_attempt - monotonic()
+                now = monotonic()
+                left = self._lost_at + self._settings.reconnect_delay - now
+                wait = self._next_attempt - now
                 if self._closed:
                     raise IOFailure("the connection is closed")
                 if not self._connecting and wait <= 0:
                     self._connecting = True
-                    break
+                    return True
                 if left <= 0:
                     raise self._no_connection_locked()
                 self._changed.wait(left if self._connecting else min(left, wait))
-            else:
-                return self._connection
-        return self._attempt()
+            return False
 
     def _notice_loss_locked(self) -> None:
         connection = self._connection
@@ -143,11 +151,8 @@ class _Line:
     def _no_connection_locked(self) -> ByreError:
         return IOFailure(f"no connection to the server: {self._failure}")
 
-    def _attempt(self) -> Connection:
-        """Connect; the only thread that does so meanwhile.
-
-        :raises ByreError: it failed, and nobody is to wait for the next attempt
-        """
+    def _attempt(self) -> None:
+        """Connect once; the only thread that does so meanwhile. How it went is found in the fields."""
         made: Connection | None = None
         failure: ByreError | None = None
         left = self._lost_at + self._settings.reconnect_delay - monotonic()
@@ -158,20 +163,17 @@ class _Line:
         except ByreError as error:
             failure = error
         finally:
-            if made is not None and failure is not None:
-                made.close()
             with self._changed:
                 self._connecting = False
-                if failure is None and made is not None:
-                    self._connection = made
+                if made is not None and failure is None and not self._closed:
+                    self._connection, made = made, None
                 self._failure = failure or self._failure
                 self._last_attempt = monotonic()
                 self._next_attempt = self._last_attempt + self._pause
                 self._pause = min(self._pause * 2, _LONGEST_PAUSE)
                 self._changed.notify_all()
-        if failure is None and made is not None:
-            return made
-        return self.connection()
+            if made is not None:
+                made.close()
 
     def close(self) -> None:
         with self._changed:

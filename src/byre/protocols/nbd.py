@@ -7,9 +7,9 @@ minimum block size, several on their way for one that is large. How they travel 
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
-from ..errors import ByreError, InvalidArgument, NotFound, NotSupported, ReadOnly
+from ..errors import ByreError, ImageError, InvalidArgument, NotFound, NotSupported, ReadOnly
 from ..graph.node import Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
 from ..io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NOT_COUNTED, ZERO, Extent
@@ -37,6 +37,7 @@ READ_PIECE: Final = 1 * MIB
 """Longer reads go as several requests of this size, so that the server reads on while bytes travel."""
 _ZERO_STEP: Final = 1 * MIB
 
+_SIZE_LIMIT: Final = (1 << 63) - SECTOR
 _ROW_LIMIT: Final = 1 << 20
 """Rows of one extent map; what a server cuts into more pieces than this is reported as data."""
 _STATUS_STEP: Final = 1 << 30
@@ -47,21 +48,23 @@ class NbdNode(Node):
     """An export of an NBD server. Guarded by: nothing of its own; the client and the aligner have their locks.
 
     :ivar client: speaks to the server
+    :ivar runtime: the options it was opened with
     """
 
     kind = "protocol"
     driver = "nbd"
 
-    def __init__(self, client: Client, flags: OpenFlags, *, name: str = "", filename: str = "",
-                 bitmap: str = "") -> None:  # fmt: skip
+    def __init__(self, client: Client, flags: OpenFlags, runtime: OptionValues, *, name: str = "",
+                 filename: str = "") -> None:  # fmt: skip
         super().__init__(name=name, filename=filename, read_only=flags.read_only)
         info = client.info
         self.client = client
         self.open_flags = flags
+        self.runtime = runtime
         self._size = info.size
         self._flags = info.flags
         self._fua = wire.CMD_FLAG_FUA if info.flags & wire.TRANSMISSION_FUA else 0
-        self._context_name = bitmap or BASE_ALLOCATION
+        self._context_name = runtime.text("x-dirty-bitmap") or BASE_ALLOCATION
         self._context = info.context(self._context_name)
         unit = info.minimum or (1 if info.size % SECTOR or self._context is not None else SECTOR)
         most = min(info.maximum or wire.MAX_PAYLOAD, wire.MAX_PAYLOAD)
@@ -365,10 +368,17 @@ class NbdNode(Node):
     # -- life -------------------------------------------------------------------------------------
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
-        """:raises ReadOnly: the server offers the export read-only"""
+        """:raises ByreError: the server offers the export read-only, or what was fixed at opening is to change"""
+        changed = [name for name in options.given if options.given[name] != self.runtime.given.get(name)]
+        if changed:
+            raise InvalidArgument(f"cannot change the option {changed[0]!r} of an open export", where=self.filename)
         if not flags.read_only and self._flags & wire.TRANSMISSION_READ_ONLY:
             raise ReadOnly("the server offers the export read-only", where=self.filename)
         return flags
+
+    def reopen_commit(self, token: object) -> None:
+        super().reopen_commit(token)
+        self.open_flags = cast("OpenFlags", token)
 
     def close(self) -> None:
         if not self.closed:
@@ -393,7 +403,10 @@ def open_node(request: OpenRequest) -> NbdNode:
             flags = flags._replace(read_only=True)
         named = "export" in request.options
         shown = uri.show(settings.address, settings.wishes.export, named=named, tls=settings.security is not None)
-        return NbdNode(client, flags, name=request.name, filename=shown or f"nbd:{settings.address}", bitmap=bitmap)
+        if client.info.size > _SIZE_LIMIT:
+            raise ImageError(f"the export has {client.info.size} bytes, possible are {_SIZE_LIMIT}", where=client.where)
+        name = shown or f"nbd:{settings.address}"
+        return NbdNode(client, flags, request.options, name=request.name, filename=name)
     except BaseException:
         client.close()
         raise
