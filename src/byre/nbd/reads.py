@@ -52,6 +52,8 @@ class ReadAnswers:
         :raises OSError: the connection broke
         """
         length = request.length
+        if not length:  # no chunk may be empty
+            return owed + self._replies.done(request.cookie, request.offset)
         small = length <= SMALL_READ or (length <= PIECE and not self._link.can_send_files)
         whole = small or (length <= PIECE and request.flags & wire.CMD_FLAG_DF)
         if not whole and self._replies.structured and not request.flags & wire.CMD_FLAG_DF:

@@ -122,6 +122,7 @@ class Transmission:
             self._serve()
         finally:
             self._send_direct()
+            self._workers.close()
             while not self._flight.wait(1.0) and not self.stopping:
                 pass
             if self._direct is not None and not self._flight.pending:
@@ -284,13 +285,23 @@ class Transmission:
         try:
             while end - at >= head:
                 found, flags, command, cookie, offset, length = unpack(source, at)
-                if command == 0 and not flags and found == magic and length <= quick_read and offset + length <= size:
+                if (
+                    command == 0
+                    and not flags
+                    and found == magic
+                    and 0 < length <= quick_read
+                    and offset + length <= size
+                ):
                     start = filled + data_head
                     stop = start + length
                     if filled > SEND_AT or stop > OUT_SIZE:
                         state = _AGAIN
                         break
-                    if read_cached(offset, out[start:stop]):
+                    try:
+                        cached = read_cached(offset, out[start:stop])
+                    except ByreError:
+                        cached = False  # it will fail once more where it can be answered
+                    if cached:
                         put_data_head(out, filled, cookie, offset, length)
                         filled = stop
                         reads += 1
@@ -419,6 +430,8 @@ class Transmission:
         batch = self._disk.begin()
         try:
             return all(batch.read_cached(at, probe) for at in (request.offset, request.offset + request.length - 1))
+        except ByreError:
+            return False
         finally:
             self._disk.end(0, 0, 0, 0, 0)
 

@@ -79,6 +79,7 @@ class Workers(Generic[Task, Tool]):
         self._waiting: deque[Task] = deque()
         self._threads = 0
         self._idle = 0
+        self._closed = False
 
     def submit(self, task: Task) -> None:
         self._flight.enter()
@@ -112,6 +113,8 @@ class Workers(Generic[Task, Tool]):
         """Wait for a task, lock held; False if none came for a while."""
         until = monotonic() + _IDLE
         while not self._waiting:
+            if self._closed:
+                return False
             self._idle += 1
             told = self._work.wait(max(until - monotonic(), 0))
             self._idle -= 1
@@ -124,6 +127,12 @@ class Workers(Generic[Task, Tool]):
             self._perform(task, tool)
         finally:
             self._flight.leave()
+
+    def close(self) -> None:
+        """No task follows: threads end when they have nothing left to do."""
+        with self._work:
+            self._closed = True
+            self._work.notify_all()
 
     def drop(self) -> list[Task]:
         """Take back the tasks that nobody has begun."""
