@@ -67,6 +67,9 @@ class _Check:
 
     def run(self) -> None:
         node = self.node
+        if node._writing and node.file.size > node.map.space.end:
+            # Clusters freed a moment ago, which closing would cut off.
+            node.file.resize(node.map.space.end, exact=False)
         unclean = node.header.in_use == IN_USE and not node._writing
         if unclean:
             self.bad("image was not closed correctly")
