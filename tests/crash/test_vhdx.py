@@ -255,6 +255,30 @@ def test_more_pages_than_an_entry_holds(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) > 20
 
 
+def test_an_entry_never_overwrites_the_one_before_it() -> None:
+    """However long they are: torn, the new one leaves the old one to be replayed."""
+    memory = MemoryNode(new_image("vhdx", 8 * MIB, block_size=MIB).to_bytes())
+    log = WriteLog()
+    with Setup(memory.to_bytes(), "vhdx").open(memory.to_bytes(), None, log) as image:
+        node = image.node
+        assert isinstance(node, VhdxNode)
+        node.journal.begin()
+        chooser = random.Random(2)
+        for _ in range(100):
+            count = chooser.choice((1, 5, 40, 83, 84, 120))
+            pages = {3 * MIB + 512 * 1024 + number * 4096: bytes(4096) for number in range(count)}
+            node.journal.commit(pages)
+    places = [
+        (entry.offset, entry.offset + entry.length)
+        for entry in log.entries
+        if entry.kind == "write" and MIB <= entry.offset < 2 * MIB
+    ]
+    assert len(places) > 100
+    for before, after in itertools.pairwise(places):
+        assert after[1] <= before[0] or before[1] <= after[0]
+        assert after[1] <= 2 * MIB
+
+
 # -- the peer -----------------------------------------------------------------------------------------
 
 

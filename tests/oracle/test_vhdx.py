@@ -166,6 +166,22 @@ def test_the_size_of_a_vhd_is_what_the_peer_makes_of_it(size: int, qemu_img: Run
             assert image.size == expected, name
 
 
+@pytest.mark.parametrize("name", list(GRID))
+def test_the_peer_sees_the_new_size(name: str, qemu_img: Run, tmp_path: Path) -> None:
+    format, options = GRID[name]
+    path = tmp_path / "disk"
+    create(str(path), format, SIZE, options=options)
+    with byre.open(str(path), format=format, read_only=False) as image:
+        image.write(0, b"\x05" * MIB)
+        for size in (30 * MIB, 12345 * 512):
+            image.resize(size, shrink=True)
+            image.flush()
+        content = image.read(0, size)
+    assert raw_of(qemu_img, path, format) == content
+    if format == "vhdx":
+        assert "No errors" in qemu_img("check", "-f", "vhdx", path).stdout
+
+
 @pytest.mark.parametrize("name", ["vhdx-1M", "vhdx-fixed", "vpc-forced", "vpc-fixed-forced"])
 def test_a_third_reader_agrees(name: str, tmp_path: Path) -> None:
     from dissect.hypervisor.disk.vhd import VHD

@@ -200,8 +200,9 @@ def test_space_given_up_is_used_again() -> None:
     assert memory.size == 7 * MIB
 
 
-def test_a_file_without_a_log_is_only_read() -> None:
-    with opened(Vhdx(log_length=0).build(), read_only=False) as image:
+@pytest.mark.parametrize("place", [{"log_length": 0}, {"log_offset": 1 << 40}])
+def test_a_file_without_a_log_is_only_read(place: dict[str, int]) -> None:
+    with opened(Vhdx(**place).build(), read_only=False) as image:  # type: ignore[arg-type]
         assert image.read(0, 10) == bytes(10)
         with pytest.raises(NotSupported, match="has no log"):
             image.write(0, b"x")

@@ -48,7 +48,7 @@ class Journal:
         """
         if self.begun:
             return
-        if not self.header.log_length:
+        if not self.header.log_length or self.header.log_offset + self.header.log_length > self.file.size:
             raise NotSupported("the file has no log, without which it cannot be changed safely",
                                where=self.file.filename, hint="convert it")  # fmt: skip
         self._update(self.header._replace(file_write_guid=layout.new_guid(), data_write_guid=layout.new_guid(),
@@ -75,7 +75,7 @@ class Journal:
     def commit(self, pages: Mapping[int, bytes]) -> None:
         """Write ``pages`` (4096 bytes each, by file offset) so that a crash leaves all or none of an entry.
 
-        Up to 126 pages go into one entry. What they refer to must be flushed already; on return the change cannot
+        Up to 84 pages go into one entry. What they refer to must be flushed already; on return the change cannot
         be lost, but the pages themselves are flushed by the next flush of the file.
         """
         rows = sorted(pages.items())

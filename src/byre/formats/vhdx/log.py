@@ -25,8 +25,11 @@ LOG_LIMIT: Final = 16 * MIB
 
 _HEAD: Final = struct.Struct("<4sIIIQII16sQQ")
 _DESCRIPTOR: Final = struct.Struct("<4s4s8sQQ")
-PAGES_PER_ENTRY: Final = (PAGE - _HEAD.size) // _DESCRIPTOR.size
-"""What entries made here hold at most: their descriptors fit one sector, the entry fits half of the smallest log."""
+PAGES_PER_ENTRY: Final = 84
+"""What entries made here hold at most: a third of the smallest log, so that no entry meets its forerunner going round.
+
+Their descriptors fit one sector together with the header.
+"""
 
 
 class Write(NamedTuple):

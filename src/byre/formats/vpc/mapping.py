@@ -103,7 +103,7 @@ class DynamicMapping:
     """
 
     def __init__(self, file: Node, size: int, block_size: int, table_offset: int, table: array[int], end: int,
-                 reserved: Sequence[tuple[int, int]], where: str, *, has_parent: bool) -> None:  # fmt: skip
+                 reserved: Sequence[tuple[int, int]], where: str) -> None:  # fmt: skip
         self.file = file
         self.size = size
         self.block_size = block_size
@@ -114,7 +114,6 @@ class DynamicMapping:
         self.end = end
         self.reserved = tuple(reserved)
         self.where = where
-        self.has_parent = has_parent
         self.dirty: set[int] = set()
         self.end_moved = False
         self._end_settled = False

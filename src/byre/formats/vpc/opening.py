@@ -130,7 +130,7 @@ def _mapping(
     reserved = ((0, layout.FOOTER_SIZE), (footer.data_offset, footer.data_offset + layout.HEADER_SIZE),
                 (header.table_offset, table_end))  # fmt: skip
     return DynamicMapping(file, size, header.block_size, header.table_offset, decode_table(data), _end(file), reserved,
-                          file.filename, has_parent=footer.disk_type == layout.DIFFERENCING)  # fmt: skip
+                          file.filename)  # fmt: skip
 
 
 def _end(file: Node) -> int:

@@ -48,8 +48,14 @@ def resize(node: VpcNode, size: int, preallocation: str) -> None:
 
 
 def _resized(footer: layout.Footer, size: int) -> layout.Footer:
-    """The footer for another size; a creator whose images are measured by their geometry is replaced."""
+    """The footer for another size.
+
+    A geometry that does not come to that size makes way for the largest one, by which no program measures a disk; a
+    creator whose images are measured by their geometry is replaced as well.
+    """
     cylinders, heads, sectors = layout.geometry(size // SECTOR)
+    if cylinders * heads * sectors * SECTOR != size:
+        cylinders, heads, sectors = layout.MAX_CYLINDERS, layout.MAX_HEADS, layout.MAX_TRACK
     return footer._replace(current_size=size, cylinders=cylinders, heads=heads, sectors=sectors,
                            creator_application=CREATOR)  # fmt: skip
 
