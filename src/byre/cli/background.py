@@ -66,11 +66,13 @@ def _relay(reader: int, child: int) -> int:
 class PidFile:
     """This process's id in a file, from entry to exit; nothing without a path.
 
+    :param keep: leave the file behind, as the peer does: scripts remove it themselves, right after the signal
     :raises Busy: another process that runs has its id there
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, keep: bool = False) -> None:
         self._path = path
+        self._keep = keep
         self._fd = -1
 
     def __enter__(self) -> None:
@@ -96,8 +98,9 @@ class PidFile:
 
     def __exit__(self, *_error: object) -> None:
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if not self._keep:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
             os.close(self._fd)
 
 

@@ -213,7 +213,7 @@ def _serve_export(given: common.Given, server: Server, export: NbdExport, ready:
     from .background import PidFile
 
     code = 0
-    with PidFile(given.last("pid-file")):
+    with PidFile(given.last("pid-file"), keep=common.as_peer()):
         try:
             server.start()
             if given.has("connect"):
