@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from byre.graph.creating import create
 from byre.nbd import wire
 from byre.nbd.server import Server
 from byre.protocols.memory import PAGE, MemoryNode
-from support.nbd_talk import Reply, Served, Talk, assembled, image_of, in_thread, serving
+from support.nbd_talk import Reply, Served, Talk, assembled, image_of, in_thread, serving, wait_until
 
 SIZE = 4 << 20
 MODES = ("simple", "structured", "extended")
@@ -498,13 +498,6 @@ class TestClients:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 class TestStopping:

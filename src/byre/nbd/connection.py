@@ -7,7 +7,7 @@ import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import AccessDenied, ProtocolError
+from ..errors import AccessDenied, ProtocolError, printable
 from .link import Link, PlainLink, TlsLink
 from .server_negotiation import (
     TLS_OPTIONAL,
@@ -192,7 +192,7 @@ class Connection:
         if settings.authorize is not None:
             name = stream.peer_name
             if not name or not settings.authorize(name):
-                raise AccessDenied(f"TLS x509 authz check for {name!r} is denied")
+                raise AccessDenied(f"TLS x509 authz check for {printable(name)} is denied")
         self._stream = stream
 
     def _transmit(self, agreement: Agreement) -> None:

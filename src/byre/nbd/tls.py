@@ -262,10 +262,13 @@ _SHORT_NAMES: Final = {
 
 
 def distinguished_name(certificate: Mapping[str, object] | None) -> str:
-    """The subject of a verified certificate (``getpeercert()``) as RFC 4514 writes it: most specific part first."""
+    """The subject of a verified certificate (``getpeercert()``): ``C=GB,O=Example,CN=laptop.example.com``.
+
+    In the words of RFC 4514, but in the certificate's order, as the peer has it.
+    """
     parts: Sequence[Sequence[tuple[str, str]]] = (certificate or {}).get("subject", ())  # type: ignore[assignment]
     return ",".join(
-        "+".join(f"{_SHORT_NAMES.get(key, key)}={_escaped(value)}" for key, value in part) for part in reversed(parts)
+        "+".join(f"{_SHORT_NAMES.get(key, key)}={_escaped(value)}" for key, value in part) for part in parts
     )
 
 
