@@ -106,9 +106,23 @@ def test_another_job_is_refused(path: str) -> None:
         Journal.create(path, ABOUT, 10 * UNIT, UNIT)
     with pytest.raises(NotFound):
         Journal.open(path + "x")
+    for size, unit in ((11 * UNIT, UNIT), (10 * UNIT, 512)):
+        with pytest.raises(InvalidArgument, match="another job"):
+            Journal.begin(path, ABOUT, size, unit, resume=True)
     with pytest.raises(InvalidArgument, match="larger granularity"):
         Journal.create(path + "x", ABOUT, 1 << 62, 512)
     assert not os.path.exists(path + "x")
+
+
+def test_a_source_that_changed_begins_anew(path: str) -> None:
+    before, after = ({**ABOUT, "source": [{"file": [1, 2], "changed": time}]} for time in (5, 6))
+    Journal.begin(path, before, 10 * UNIT, UNIT, resume=True).finish_now(0, UNIT, nothing)
+    assert runs(Journal.begin(path, before, 10 * UNIT, UNIT, resume=True)) == [(0, UNIT)]
+    assert runs(Journal.begin(path, after, 10 * UNIT, UNIT, resume=True, vouched=True)) == [(0, UNIT)]
+    assert runs(Journal.begin(path, after, 10 * UNIT, UNIT, resume=True)) == []
+    assert Journal.open(path).about == after
+    with pytest.raises(AlreadyExists):
+        Journal.begin(path, after, 10 * UNIT, UNIT, resume=False)
 
 
 def damage(at: int) -> Callable[[bytearray], None]:

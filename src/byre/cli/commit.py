@@ -21,6 +21,7 @@ _TABLE: Final = (
     common.Switch("drop", "d", "drop", "", "do not empty the image"),
     common.Switch("rate", "r", "rate-limit", "RATE", "bytes per second"),
     common.Switch("cache", "t", "cache", "CACHE", "cache mode (writeback)"),
+    *common.JOURNAL,
     common.PROGRESS,
     common.Switch("progress-kind", "", "progress", "bar|text|json", "how to show the progress"),
     common.QUIET,
@@ -32,7 +33,8 @@ HELP: Final = f"""\
 usage: byre commit [OPTIONS] FILENAME
 Write what an image holds into its backing file, which grows if it is shorter.
 
-{common.option_help(_TABLE)}"""
+{common.option_help(_TABLE)}
+After a crash or an interruption, the same command with --resume goes on where --journal says it was."""
 
 
 def run(arguments: list[str]) -> int:
@@ -54,12 +56,19 @@ def run(arguments: list[str]) -> int:
 
 
 def _commit(image: Image, name: str, given: common.Given, rate: int, mode: str) -> None:
-    from ..jobs.commit import CommitJob
+    from ..jobs.commit import CommitJob, commit_journal
 
     empty = not (given.has("drop") or given.has("base"))
-    job = CommitJob(image, _base(image, name, given), empty=empty, speed=rate, measure=mode != "none")
-    with Display(job.control, "commit", mode):
-        job.execute()
+    base = _base(image, name, given)
+    path = common.journal_path(given)
+    journal = commit_journal(path, image, base, resume=given.has("resume")) if path else None
+    try:
+        job = CommitJob(image, base, empty=empty, speed=rate, measure=mode != "none", journal=journal)
+        with Display(job.control, "commit", mode):
+            job.execute()
+    finally:
+        if journal is not None:
+            journal.close()
 
 
 def _base(image: Image, name: str, given: common.Given) -> Node:

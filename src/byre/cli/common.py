@@ -131,6 +131,10 @@ OBJECT: Final = Switch("object", "", "object", "TYPE,id=ID,...", "an object such
 FORCE_SHARE: Final = Switch("force-share", "U", "force-share", "", "open although another program writes the image")
 OUTPUT: Final = Switch("output", "", "output", "human|json", "how to print the result")
 QUIET: Final = Switch("quiet", "q", "quiet", "", "print errors only")
+JOURNAL: Final = (
+    Switch("journal", "", "journal", "FILE", "keep in FILE what is done, until all is"),
+    Switch("resume", "", "resume", "", "go on with the journal of a run that did not end"),
+)
 PROGRESS: Final = Switch("progress", "p", "", "", "show the progress")
 SOURCE_CACHE: Final = Switch("source-cache", "T", "", "CACHE", "cache mode of the source")
 
@@ -368,6 +372,16 @@ def image_options(text: str) -> dict[str, object]:
     :raises InvalidArgument: malformed
     """
     return unflatten(parse_keyval(text, implied="file"))
+
+
+def journal_path(given: Given) -> str:
+    """The file given with ``--journal``, "" without one.
+
+    :raises UsageError: --resume without it
+    """
+    if given.has("resume") and not given.has("journal"):
+        raise UsageError("--resume needs --journal FILE")
+    return given.last("journal")
 
 
 def open_image(

@@ -24,6 +24,7 @@ _TABLE: Final = (
     common.Switch("rate", "r", "rate-limit", "RATE", "bytes per second"),
     common.Switch("on-error", "", "on-error", "POLICY", "what to do about errors (below)"),
     common.Switch("cache", "t", "cache", "CACHE", "cache mode (writeback)"),
+    *common.JOURNAL,
     common.PROGRESS,
     common.Switch("progress-kind", "", "progress", "bar|text|json", "how to show the progress"),
     common.QUIET,
@@ -65,13 +66,19 @@ def run(arguments: list[str]) -> int:
 
 
 def _stream(image: Image, given: common.Given, policy: str, watch: Watch) -> None:
-    from ..jobs.stream import StreamJob
+    from ..jobs.stream import StreamJob, stream_journal
 
     node = _layer(image, given, "layer") or image.node
+    base, bottom = _layer(image, given, "base"), _layer(image, given, "bottom")
     name = given.last("backing-file") if given.has("backing-file") else None
-    job = StreamJob(image.graph, node, _layer(image, given, "base"), bottom=_layer(image, given, "bottom"),
-                    backing_file=name, on_error=policy, speed=watch.rate)  # fmt: skip
-    watch.run(job)
+    path = common.journal_path(given)
+    journal = stream_journal(path, node, base or bottom, resume=given.has("resume")) if path else None
+    try:
+        watch.run(StreamJob(image.graph, node, base, bottom=bottom, backing_file=name, on_error=policy,
+                            speed=watch.rate, journal=journal))  # fmt: skip
+    finally:
+        if journal is not None:
+            journal.close()
 
 
 def _layer(image: Image, given: common.Given, key: str) -> Node | None:

@@ -6,7 +6,7 @@ The base is the only file that an image names and byre writes to, and it is only
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
 from ..formats.abilities import Emptiable
@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 
     from ..graph.node import Node
     from .job import Control
+    from .journal import Journal
 
-__all__ = ["CommitJob", "check_base"]
+__all__ = ["CommitJob", "check_base", "commit_journal"]
+
+_JOURNAL_PART: Final = 1 << 20
+_JOURNAL_WINDOW: Final = 64 << 20
+"""Copied between two entries of a journal, bytes."""
 
 
 class CommitJob(Job):
@@ -43,13 +48,16 @@ class CommitJob(Job):
     :param base: a layer below it
     :param empty: afterwards the top layer holds nothing, if its format can do that. Only with the layer right below
         as the base: the ones between would show through
+    :param journal: of :func:`commit_journal`; what it says is done is not copied again, and it is deleted in the end
     :raises ByreError: as :func:`check_base` says
     """
 
     kind = "commit"
 
-    def __init__(self, top: Image, base: Node, *, empty: bool = True, speed: int = 0, measure: bool = False) -> None:
+    def __init__(self, top: Image, base: Node, *, empty: bool = True, speed: int = 0, measure: bool = False,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(speed=speed, measure=measure)
+        self.journal = journal
         check_base(top, base)
         if empty and base is not chain.layers(top.node)[1]:
             raise InvalidArgument("an image can be emptied only into the layer right below it", where=top.filename)
@@ -69,12 +77,35 @@ class CommitJob(Job):
             control.total = sum(segment.length for segment in self._plan() if segment.action == blockcopy.COPY)
         # Data stays data, as in the overlay: looking for zeroes in it would cost more than it saves.
         settings = CopySettings(sparse=0, unmap=True, whole_total=not control.measure)
-        BlockCopy(SourceDisk([self.top]), target, settings).run(self._plan(), control)
+        copy = BlockCopy(SourceDisk([self.top]), target, settings)
+        if self.journal is None:
+            copy.run(self._plan(), control)
+        else:
+            self._copy_with(self.journal, copy, target, control)
         target.flush()
         top = chain.skip_filters(self.top.node)
         if self.empty and isinstance(top, Emptiable):
             top.make_empty()
             self.top.flush()
+
+    def _copy_with(self, journal: Journal, copy: BlockCopy, target: Image, control: Control) -> None:
+        """Copy what the journal does not say is done, window by window."""
+        if not control.measure:
+            control.count(sum(length for _, length in journal.done()), 0)
+        journal.start(target.flush)
+        try:
+            for start, length in journal.left():
+                for offset in range(start, start + length, _JOURNAL_WINDOW):
+                    size = min(_JOURNAL_WINDOW, start + length - offset)
+                    copy.run(self._plan(offset, size), control)
+                    journal.finished(offset, size)
+        finally:
+            journal.stop()
+        journal.checkpoint(target.flush)
+
+    def commit(self) -> None:
+        if self.journal is not None:
+            self.journal.remove()
 
     def _open_base(self) -> Image:
         """The base as a writable image.
@@ -102,14 +133,22 @@ class CommitJob(Job):
             if self._tolerated is not None:
                 self._tolerated.release()
 
-    def _plan(self) -> Iterator[Segment]:
+    def _plan(self, start: int = 0, size: int = -1) -> Iterator[Segment]:
         """What the layers above the base hold; what they do not is in the base already."""
         top = self.top.node
         stride = Stride([top])
-        for offset, length in stride.windows(0, self.top.size):
+        for offset, length in stride.windows(start, self.top.size if size < 0 else start + size):
             starts, stops, actions = _window(top, self.base, offset, length)
             stride.saw(len(starts))
             yield from map(Segment, starts.tolist(), (stops - starts).tolist(), actions.tolist())
+
+
+def commit_journal(path: str, top: Image, base: Node, *, resume: bool) -> Journal:
+    """The journal of a commit of ``top`` into ``base``; see :meth:`.journal.Journal.begin`."""
+    from .journal import Journal, identity
+
+    about = {"job": "commit", "image": identity(top.node, above=base), "base": identity(base, changing=True)[:1]}
+    return Journal.begin(path, about, top.size, _JOURNAL_PART, resume=resume)
 
 
 def _window(top: Node, base: Node, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64],

@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 import zlib
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from ..errors import AlreadyExists, ByreError, ImageError, InvalidArgument, from_oserror
@@ -31,23 +32,32 @@ BITS_AT: Final = 65536
 """Where the bits begin; all in front of them is the header."""
 MAX_BITS: Final = 1 << 31
 _PAGE: Final = 4096
-_INTERVAL: Final = 2.0
+_INTERVAL: Final = 1.0
 """Seconds between two checkpoints."""
 
 
-def identity(node: Node, *, changing: bool = False) -> list[dict[str, object]]:
-    """What tells the files of a disk from others: for each layer its file, and unless ``changing`` its last change."""
+def identity(node: Node, *, above: Node | None = None, changing: bool = False) -> list[dict[str, object]]:
+    """What tells a disk from others: for each layer its file, and unless ``changing`` its size and last change.
+
+    What is no file has no last change that one could rely on; a job on it begins anew.
+
+    :param above: this layer and those below it are left out
+    """
     rows = []
     for layer in chain.layers(node):
+        if layer is above:
+            break
         below = layer
         while "file" in below.children:
             below = below.children["file"].node
-        row: dict[str, object] = {"driver": layer.driver, "size": layer.size}
+        row: dict[str, object] = {"driver": layer.driver}
         found = getattr(below, "identity", None)
         if found is not None:
             row["file"] = list(found)
-        if not changing and os.path.isfile(below.filename):
-            row["changed"] = os.stat(below.filename).st_mtime_ns
+        if not changing:
+            row["size"] = layer.size
+            known = os.path.isfile(below.filename)
+            row["changed"] = os.stat(below.filename).st_mtime_ns if known else monotonic()
         rows.append(row)
     return rows
 
@@ -91,10 +101,7 @@ class Journal:
         count = -(-size // granularity)
         if count > MAX_BITS:
             raise InvalidArgument(f"a journal of {count} parts is too large: choose a larger granularity")
-        text = json.dumps(about).encode()
-        if _HEAD.size + len(text) > BITS_AT:
-            raise InvalidArgument("the names of the disks are too long for a journal")
-        head = _HEAD.pack(MAGIC, zlib.crc32(text), len(text), size, granularity) + text
+        head = _header(about, size, granularity)
         bits = bytearray(-(-count // 8))
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -115,7 +122,7 @@ class Journal:
             os.close(descriptor)
             os.unlink(path)
             raise from_oserror(error, "cannot write the journal", path) from None
-        return cls(path, descriptor, json.loads(text), size, granularity, bits)
+        return cls(path, descriptor, _plain(about), size, granularity, bits)
 
     @classmethod
     def open(cls, path: str) -> Journal:
@@ -134,16 +141,58 @@ class Journal:
             os.close(descriptor)
             raise
 
-    def check(self, about: Mapping[str, object]) -> None:
-        """:raises InvalidArgument: the journal is of another job, or the disks have changed since"""
-        wanted = json.loads(json.dumps(about))
-        for key in sorted(wanted.keys() | self.about.keys()):
-            if wanted.get(key) != self.about.get(key):
+    @classmethod
+    def begin(cls, path: str, about: Mapping[str, object], size: int, granularity: int, *, resume: bool,
+              vouched: bool = False) -> Journal:  # fmt: skip
+        """A new journal or, with ``resume``, the one that is there; if a source has changed since, nothing is done.
+
+        :param vouched: the caller knows that the sources were changed by the job's own users only
+        :raises AlreadyExists: there is one, and it is not to be resumed
+        :raises InvalidArgument: it is of another job
+        :raises ImageError: it is damaged
+        """
+        if not (resume and os.path.exists(path)):
+            return cls.create(path, about, size, granularity)
+        journal = cls.open(path)
+        try:
+            journal.check(about)
+            if (journal.size, journal.granularity) != (size, granularity):
                 raise InvalidArgument(
-                    f"the journal is of another job: its {key} is {_brief(self.about.get(key))}, here it is "
+                    f"the journal is of another job: a disk of {journal.size} bytes in parts of {journal.granularity}",
+                    where=path, hint="delete the journal to begin anew",
+                )  # fmt: skip
+            if journal.about != _plain(about) and not vouched:
+                journal.forget(about)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def check(self, about: Mapping[str, object]) -> None:
+        """When files were changed does not matter here.
+
+        :raises InvalidArgument: the journal is of another job
+        """
+        wanted, found = _without_times(_plain(about)), _without_times(self.about)
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise InvalidArgument(
+                    f"the journal is of another job: its {key} is {_brief(found.get(key))}, here it is "
                     f"{_brief(wanted.get(key))}",
                     where=self.path, hint="delete the journal to begin anew",
                 )  # fmt: skip
+
+    def forget(self, about: Mapping[str, object]) -> None:
+        """Nothing is done any more; the sources are now as ``about`` says."""
+        with self._lock:
+            self._done[:] = bytes(len(self._done))
+            self._write(set(range(-(-len(self._done) // _PAGE))))
+            try:
+                os.pwrite(self._descriptor, _header(about, self.size, self.granularity), 0)
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                raise from_oserror(error, "cannot write the journal", self.path) from None
+            self.about = _plain(about)
 
     def close(self) -> None:
         """Stop, and keep the file."""
@@ -163,6 +212,16 @@ class Journal:
             raise from_oserror(error, "cannot delete the journal", self.path) from None
 
     # -- what is done -----------------------------------------------------------------------------
+
+    def left(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is not done yet, ascending."""
+        position = 0
+        for offset, length in self.done():
+            if position < offset:
+                yield position, offset - position
+            position = offset + length
+        if position < self.size:
+            yield position, self.size - position
 
     def done(self) -> Iterator[tuple[int, int]]:
         """(offset, length) of what is durable in the target, ascending."""
@@ -267,7 +326,7 @@ class Journal:
             raise from_oserror(error, "cannot write the journal", self.path) from None
 
     def start(self, flush: Callable[[], None]) -> None:
-        """Make a checkpoint every two seconds, on a thread of its own, until :meth:`stop`."""
+        """Make a checkpoint every second, on a thread of its own, until :meth:`stop`."""
 
         def run() -> None:
             while not self._stop.wait(_INTERVAL):
@@ -285,6 +344,30 @@ class Journal:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def _header(about: Mapping[str, object], size: int, granularity: int) -> bytes:
+    text = json.dumps(about).encode()
+    if _HEAD.size + len(text) > BITS_AT:
+        raise InvalidArgument("the names of the disks are too long for a journal")
+    return _HEAD.pack(MAGIC, zlib.crc32(text), len(text), size, granularity) + text
+
+
+def _plain(about: Mapping[str, object]) -> dict[str, object]:
+    """As JSON gives it back."""
+    plain: dict[str, object] = json.loads(json.dumps(about))
+    return plain
+
+
+def _without_times(about: Mapping[str, object]) -> dict[str, object]:
+    def strip(value: object) -> object:
+        if isinstance(value, list):
+            return [strip(one) for one in value]
+        if isinstance(value, dict):
+            return {key: strip(one) for key, one in value.items() if key != "changed"}
+        return value
+
+    return {key: strip(value) for key, value in about.items()}
 
 
 def _load(descriptor: int, path: str) -> tuple[dict[str, object], int, int, bytearray]:

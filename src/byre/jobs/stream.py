@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.node import Node
     from .job import Control
+    from .journal import Journal
 
-__all__ = ["StreamJob"]
+__all__ = ["StreamJob", "stream_journal"]
 
 _CHUNK: Final = 2 * MIB
 
@@ -44,6 +45,7 @@ class StreamJob(Job):
     :param bottom: instead of ``base``: the last layer that is copied from
     :param backing_file: how the header is to name the base; derived if left out
     :param on_error: "report", "ignore" (go on, and fail in the end), "stop", "enospc" or "auto"
+    :param journal: of :func:`stream_journal`; deleted in the end
     :raises InvalidArgument: a base that is not below, both a base and a bottom, a name for no base
     :raises NotSupported: the format cannot change its backing file
     :raises Busy: another job works on one of the layers, or one cannot be written
@@ -53,8 +55,10 @@ class StreamJob(Job):
 
     def __init__(self, graph: Graph, node: Node, base: Node | None = None, *, bottom: Node | None = None,
                  backing_file: str | None = None, on_error: str = "report", id: str = "", speed: int = 0,
-                 auto_finalize: bool = True, auto_dismiss: bool = True) -> None:  # fmt: skip
+                 auto_finalize: bool = True, auto_dismiss: bool = True,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.journal = journal
         self.node = node = chain.skip_filters(node)
         self.base = _base_of(node, base, bottom)
         self.backing_file = backing_file
@@ -122,6 +126,10 @@ class StreamJob(Job):
         if "backing" in self.node.children:
             cut_short(self._graph, self.node, self.base, backing_file=self.backing_file)
 
+    def commit(self) -> None:
+        if self.journal is not None:
+            self.journal.remove()
+
     def clean(self) -> None:
         try:
             self._handle.close()
@@ -134,6 +142,18 @@ class StreamJob(Job):
         if self._was_read_only and not self.node.closed and not self.node.read_only:
             with quiesce(self._graph, [self.node]):
                 set_read_only(self._graph, self.node, True)
+
+
+def stream_journal(path: str, node: Node, base: Node | None, *, resume: bool) -> Journal:
+    """The journal of a stream into ``node``, which says no more than what is being done.
+
+    What was copied is in the image itself, so a stream goes on where it was whenever it is started again.
+    """
+    from .journal import Journal, identity
+
+    about = {"job": "stream", "image": identity(node, changing=True)[:1],
+             "base": identity(base, changing=True)[:1] if base is not None else None}  # fmt: skip
+    return Journal.begin(path, about, 0, MIB, resume=resume)
 
 
 def _base_of(node: Node, base: Node | None, bottom: Node | None) -> Node | None:
