@@ -24,6 +24,7 @@ SCRIPTS = {
     "chains": ([], ["--pairs", "3", "--size", "512M"]),
     "jobs": ([], ["--pairs", "3", "--size", "256M"]),
     "formats_vhd": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
+    "formats_vmdk": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "nbd_client": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
 }
