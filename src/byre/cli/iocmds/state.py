@@ -55,7 +55,7 @@ def unit_sizes(node: Node) -> tuple[int, int] | None:
         return unit_sizes(chain.skip_filters(node.children["file"].node))
     if node.kind == "protocol":
         return (0, 0) if node.driver in ("file", "host_device", "host_cdrom") else None
-    cluster: int = getattr(node, "cluster_size", 0)
+    cluster: int = getattr(node, "shown_cluster_size", getattr(node, "cluster_size", 0))
     # The state of a machine lies behind the last mapping table that the disk needs.
     span: int = getattr(node, "table_span", 0)
     return cluster, -(-node.size // span) * span if span else 0
