@@ -12,8 +12,9 @@ from ...graph import chain
 from ...graph.node import PERM_ALL, PERM_READ, Node
 from ...graph.opening import has_protocol, resolve_backing
 from ...io.extent import UNALLOCATED, Extent
-from ..opening import check_size, fit_flags, read_exactly
+from ..opening import check_size, fit_flags, read_exactly, read_head
 from .descriptor import MAX_TEXT, decode_descriptor
+from .layout import HEADER_SIZE, is_descriptor
 
 if TYPE_CHECKING:
     from ...graph.child import Child
@@ -57,9 +58,10 @@ def _open_storage(request: OpenRequest, node: BundleNode, storage: Storage) -> N
     below: Node | None = None
     for image in reversed(storage.chain):
         path = _vetted(request, node, image)
-        spec: dict[str, object] = {
-            "driver": "raw" if image.plain else "parallels", "file": {"driver": "file", "filename": path},
-        }  # fmt: skip
+        file = opener.open({"driver": "file", "filename": path}, flags, protocol=True, implicit=True)
+        if not image.plain and is_descriptor(read_head(file, HEADER_SIZE)):
+            raise ImageError(f"image {image.file!r} of the bundle is a descriptor itself", where=node.filename)
+        spec: dict[str, object] = {"driver": "raw" if image.plain else "parallels", "file": file.name}
         layer = opener.open(spec if image.plain else {**spec, "backing": None}, flags, implicit=True)
         if below is not None:
             opener.graph.attach(layer, "backing", below, "backing")

@@ -10,7 +10,17 @@ from ..flatmap import EntryCode, FlatMap
 from ..mapped import MappedNode
 from ..opening import check_size, fit_flags, read_head
 from ..space import Space
-from .layout import BAT_OFFSET, CLOSED, HEADER_SIZE, IN_USE, MAX_SECTORS, Header, decode_header, encode_header
+from .layout import (
+    BAT_OFFSET,
+    CLOSED,
+    HEADER_SIZE,
+    IN_USE,
+    MAX_SECTORS,
+    Header,
+    decode_header,
+    encode_header,
+    is_descriptor,
+)
 
 if TYPE_CHECKING:
     from ...graph.node import Node
@@ -29,7 +39,7 @@ def open_parallels(request: OpenRequest) -> Node:
     """
     file = request.open_child("file")
     head = read_head(file, HEADER_SIZE)
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+    if is_descriptor(head):
         from .bundle import open_bundle
 
         return open_bundle(request, file)

@@ -8,7 +8,8 @@ from ...errors import ImageError, NotSupported
 from ...typing import Final, NamedTuple
 from ...units import SECTOR, align_up
 
-__all__ = ["BAT_OFFSET", "CLOSED", "HEADER_SIZE", "IN_USE", "MAX_BAT", "Header", "decode_header", "encode_header"]
+__all__ = ["BAT_OFFSET", "CLOSED", "HEADER_SIZE", "IN_USE", "MAX_BAT", "Header", "decode_header", "encode_header",
+           "is_descriptor"]  # fmt: skip
 
 MAGIC_SECTORS: Final = b"WithoutFreeSpace"
 MAGIC_CLUSTERS: Final = b"WithouFreSpacExt"
@@ -74,6 +75,11 @@ class Header(NamedTuple):
             return least, True
         given = self.data_sector * SECTOR
         return (given, True) if least <= given <= align_up(file_size, SECTOR) else (least, False)
+
+
+def is_descriptor(head: bytes | bytearray) -> bool:
+    """Whether a file that begins like this is XML, the descriptor of a bundle."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 
 def encode_header(header: Header) -> bytes:
