@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...catalog import driver
 from ...errors import InvalidArgument
+from ...formats.abilities import HasSnapshots
 from ...graph import chain
 from ...image import CACHE_MODES
 from ...io.extent import NOT_COUNTED, UNALLOCATED
@@ -57,7 +58,7 @@ def unit_sizes(node: Node) -> tuple[int, int] | None:
         return (0, 0) if node.driver in ("file", "host_device", "host_cdrom") else None
     cluster: int = getattr(node, "shown_cluster_size", getattr(node, "cluster_size", 0))
     # The state of a machine lies behind the last mapping table that the disk needs.
-    span: int = getattr(node, "table_span", 0)
+    span: int = getattr(node, "table_span", 0) if isinstance(node, HasSnapshots) else 0
     return cluster, -(-node.size // span) * span if span else 0
 
 
