@@ -19,7 +19,11 @@ from hypothesis import strategies as st
 
 import byre
 from byre.errors import ImageError, ProtocolError
+from byre.formats import bochs, qcow, vdi
+from byre.formats.parallels import layout as parallels
 from byre.formats.qcow2 import layout
+from byre.formats.qed import layout as qed
+from support import vmdk
 
 VALID_HEADER = layout.Header(
     size=1 << 30, l1_size=2, l1_table_offset=3 << 16, refcount_table_offset=1 << 16, refcount_table_clusters=1,
@@ -39,6 +43,16 @@ SEEDS = (
     layout.encode_crypto_pointer(layout.CryptoPointer(1 << 16, 4096)),
     layout.encode_snapshot_table([layout.Snapshot(1 << 16, 1, 0, 0, 0, 0, layout.snapshot_extra(0, 1), "1", "a")] * 2),
     layout.encode_bitmap_directory([layout.BitmapEntry(1 << 16, 1, 0, 1, 16, b"", name) for name in "ab"]),
+    vdi.encode_header(vdi.Header(block_count=4, disk_size=4 << 20)),
+    qed.encode_header(qed.Header(size=1 << 30)),
+    qcow.encode_header(qcow.Header(size=1 << 30)),
+    parallels.encode_header(parallels.Header(entries=4, sectors=8192, data_sector=2048)),
+    bochs.encode_header(bochs.Header(bochs.VERSION_2, 512, 8, 4, 16384, 100_000)),
+    vmdk.header(2048, redundant=21, directory=40, overhead=128),
+    vmdk.stream(bytes(4096))[-1536:],
+    vmdk.cowd(bytes(4096))[:64],
+    vmdk.sesparse(bytes(4096))[:1024],
+    vmdk.descriptor(['RW 8 SPARSE "a"', 'RW 8 FLAT "b" 0'], more='parentFileNameHint="c"'),
 )
 
 
@@ -68,6 +82,7 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
         st.integers(0, 1023),
     ),
     "extended": st.booleans(),
+    "width": st.sampled_from([4, 8]),
     "kind": st.sampled_from([0, 1, 2, 5, 6, 0x8001, 0x8002]),
     "repair": st.booleans(),
     "size": st.integers(0, 1 << 63),
