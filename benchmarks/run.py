@@ -23,6 +23,7 @@ SCRIPTS = {
     "streaming": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
     "chains": ([], ["--pairs", "3", "--size", "512M"]),
     "jobs": ([], ["--pairs", "3", "--size", "256M"]),
+    "formats_small": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "formats_vhd": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "formats_vmdk": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
