@@ -130,3 +130,16 @@ def test_a_table_past_the_end_is_refused_when_it_is_needed(tmp_path: Path) -> No
         file.write(struct.pack(">Q", 1 << 50))
     with byre.open(str(path)) as image, pytest.raises(ImageError, match="past the end"):
         image.read(0, 512)
+
+
+def test_a_chunk_past_the_end_is_refused_when_it_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.asif"
+    forge(path, {0: b"x", 1: b"y"}, 3 * CHUNK // 512)
+    with open(path, "r+b") as file:
+        file.seek(2 * CHUNK + 8)
+        file.write(struct.pack(">Q", (1 << 55) - 1))
+    with byre.open(str(path)) as image:
+        assert image.read(0, 1) == b"x"
+        for look in (lambda: image.read(CHUNK, 512), image.extents):
+            with pytest.raises(ImageError, match="past the end"):
+                look()

@@ -129,3 +129,14 @@ def test_the_peer_reads_the_same(tmp_path: Path, qemu_img: Callable[..., object]
     path.write_bytes(forge(content))
     raw.write_bytes(content)
     qemu_img("compare", "-f", "cloop", "-F", "raw", str(path), str(raw))
+
+
+@pytest.mark.parametrize("place", [1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_block_past_the_end_is_refused_by_map_as_well(place: int) -> None:
+    data = bytearray(forge(patchwork(8192), 4096))
+    struct.pack_into(">Q", data, 136 + 8, place)
+    with (
+        open_image(MemoryNode(bytes(data)), "cloop", read_only=True) as image,
+        pytest.raises(ImageError, match="block 1 begins"),
+    ):
+        image.extents()

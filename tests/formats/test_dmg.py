@@ -229,3 +229,21 @@ def test_the_peer_reads_the_same(tmp_path: Path, qemu_img: Callable[..., object]
     path.write_bytes(forge(content, fork=fork, tables=2, kinds=(dmg.KIND_RAW, 0x80000005)))
     raw.write_bytes(content)
     qemu_img("compare", "-f", "dmg", "-F", "raw", str(path), str(raw))
+
+
+def test_a_resource_fork_that_lists_one_table_for_ever() -> None:
+    """65,535 types of 65,536 items each, all the same item and the same table."""
+    table = dmg.encode_block_table(0, [Chunk(0, 512, 1, 0, 512)])
+    data = struct.pack(">I", len(table)) + table
+    types = struct.pack(">H", 0xFFFE) + struct.pack(">4sHH", b"blkx", 0xFFFF, 8) * 65535
+    rest = struct.pack(">16x4x2x2xHH", 28, 0) + types + bytes(12 * 65536)
+    fork = struct.pack(">4I", 256, 256 + len(data), len(data), len(rest)).ljust(256, b"\0") + data + rest
+    with pytest.raises(ImageError, match="more than"):
+        dmg.decode_resource_fork(fork)
+
+
+@pytest.mark.parametrize("element", [b"<dict/>", b"<array>"])
+def test_a_property_list_of_nothing_but_tags(element: bytes) -> None:
+    data = b'<?xml version="1.0"?><plist version="1.0"><array>' + element * 100_000
+    with pytest.raises(ImageError, match="65536 tags"):
+        dmg.decode_property_list(data)

@@ -78,6 +78,9 @@ CASES = (
     Case("vhdx size of 64 TiB", lambda: BIG_TABLE.build()),
     Case("vhdx region table full", lambda: Vhdx(extra_regions=[struct.pack("<16sQII", b"?" * 16, (n + 9) * MIB, MIB, 0)
                                                                for n in range(2045)]).build(), broken=False),
+    Case("vhdx region at the end of all offsets",
+         lambda: Vhdx(extra_regions=[struct.pack("<16sQII", b"?" * 16, (1 << 63) - MIB, MIB, 0)]).build()),
+    Case("vhdx log at the end of all offsets", lambda: Vhdx(log_offset=(1 << 64) - MIB).build()),
     Case("vhdx parent a fifo", lambda: linked(relative_path="fifo"), ("fifo",)),
     Case("vhdx parent elsewhere", lambda: linked(relative_path="/proc/self/environ"), ("/proc/self/environ",)),
     Case("vhdx parent itself", lambda: linked(relative_path="image")),

@@ -188,6 +188,9 @@ class AsifNode(ReadOnlyFormat):
         while offset < end and len(rows) < _PAGE:
             stop = min(end, (offset // size + 1) * size)
             chunk = self._entry(table, index + index // shape.group)
+            if chunk * size >= self.file.size:
+                raise ImageError(f"the chunk of the disk at {offset:#x} is said to lie at {chunk * size:#x}, past the "
+                                 f"end of the file ({self.file.size:#x})", where=self.filename)  # fmt: skip
             if chunk:
                 rows.append(Extent(offset, stop - offset, DATA, chunk * size + offset % size))
             else:

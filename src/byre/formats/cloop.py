@@ -106,13 +106,16 @@ class CloopNode(ReadOnlyFormat):
         while offset < end and len(rows) < _ROWS:
             index = offset // block
             stop = min(end, (index + 1) * block)
+            if offsets[index] > self.file.size:
+                raise ImageError(f"block {index} begins at {offsets[index]:#x}, past the end of the file "
+                                 f"({self.file.size:#x})", where=self.filename)  # fmt: skip
             rows.append(Extent(offset, stop - offset, COMPRESSED, offsets[index]))
             offset = stop
         return rows
 
     def decompress(self, extent: Extent, buffer: memoryview) -> None:
         index = extent.offset // self.header.block_size
-        data = self._chunks.get(index, lambda: self._block(index))
+        data = self._chunks.get(index, lambda: self._block(index), self.header.block_size)
         start = extent.offset - index * self.header.block_size
         buffer[:] = data[start : start + len(buffer)]
 

@@ -35,6 +35,9 @@ MAX_METADATA: Final = 16 << 20
 MAX_CHUNK: Final = 64 << 20
 """Of a compressed chunk, before and after decoding, bytes."""
 MAX_CHUNKS: Final = 1 << 19
+MAX_TABLES: Final = 4096
+MAX_TAGS: Final = 1 << 16
+"""Tags of a property list: what is large in one is the content of a few elements."""
 
 KIND_ZERO: Final = 0x00000000
 KIND_RAW: Final = 0x00000001
@@ -173,8 +176,11 @@ def decode_property_list(data: bytes | bytearray | memoryview) -> list[bytes]:
     """
     import plistlib
 
+    text = bytes(data)
+    if text.count(b"<") > MAX_TAGS:
+        raise ImageError(f"the property list has more than {MAX_TAGS} tags")
     try:
-        root = plistlib.loads(bytes(data), fmt=plistlib.FMT_XML)
+        root = plistlib.loads(text, fmt=plistlib.FMT_XML)
         found = [bytes(entry["Data"]) for entry in root["resource-fork"]["blkx"]]
     except Exception as error:
         raise ImageError(f"the property list of {len(data)} bytes is damaged: {type(error).__name__} {error}") from None
@@ -184,14 +190,15 @@ def decode_property_list(data: bytes | bytearray | memoryview) -> list[bytes]:
 def decode_resource_fork(data: bytes | bytearray | memoryview) -> list[bytes]:
     """The block tables in a resource fork ("Inside Macintosh: More Macintosh Toolbox", resource file format).
 
-    :raises ImageError: it breaks the format
+    :raises ImageError: it breaks the format, or lists more than it can hold
     """
+    total = 0
     try:
         base, table, *_ = struct.unpack_from(">4I", data)
         (types,) = struct.unpack_from(">H", data, table + 24)
         types += table
         (last,) = struct.unpack_from(">H", data, types)
-        result = []
+        result: list[bytes] = []
         for index in range((last + 1) & 0xFFFF):
             name, last_item, items = struct.unpack_from(">4sHH", data, types + 2 + 8 * index)
             if name != b"blkx":
@@ -200,6 +207,10 @@ def decode_resource_fork(data: bytes | bytearray | memoryview) -> list[bytes]:
                 (place,) = struct.unpack_from(">I", data, types + items + 12 * item + 4)
                 start = base + (place & 0xFFFFFF)
                 (length,) = struct.unpack_from(">I", data, start)
+                total += length
+                if len(result) == MAX_TABLES or total > len(data):
+                    raise ImageError(f"the resource fork of {len(data)} bytes lists more than {len(result)} block "
+                                     "tables with more bytes than it has")  # fmt: skip
                 result.append(bytes(data[start + 4 : start + 4 + length]))
     except struct.error as error:
         raise ImageError(f"the resource fork of {len(data)} bytes is damaged: {error}") from None
@@ -304,7 +315,7 @@ class DmgNode(ReadOnlyFormat):
     def decompress(self, extent: Extent, buffer: memoryview) -> None:
         index = self._find(extent.offset)
         chunk = self.chunks[index]
-        data = self._cache.get(index, lambda: self._unpack(chunk))
+        data = self._cache.get(index, lambda: self._unpack(chunk), chunk.length)
         start = extent.offset - chunk.offset
         buffer[:] = data[start : start + len(buffer)]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-__all__ = ["METHODS", "ChunkCache", "unpack"]
+__all__ = ["METHODS", "ChunkCache", "lzfse_length", "unpack"]
 
 
 def unpack(method: str, data: bytes | bytearray | memoryview, limit: int, where: str) -> bytes:
@@ -42,16 +42,15 @@ def unpack(method: str, data: bytes | bytearray | memoryview, limit: int, where:
 
 def _feed(decoder: Any, data: bytes | bytearray | memoryview, limit: int) -> bytes:
     """One stream through an object with ``decompress(data, max_length)`` and ``eof``."""
-    result = bytearray()
-    piece = bytes(data)
+    result: bytes | bytearray = decoder.decompress(data, limit + 1)
     while not decoder.eof and len(result) <= limit:
-        some = decoder.decompress(piece, limit + 1 - len(result))
-        piece = getattr(decoder, "unconsumed_tail", b"")
-        if not some and not piece:
-            break
+        rest = getattr(decoder, "unconsumed_tail", b"")
+        some = decoder.decompress(rest, limit + 1 - len(result))
+        if not some and not rest:
+            raise ImageError(f"the stream ends early, after {len(result)} bytes")
+        if isinstance(result, bytes):
+            result = bytearray(result)  # most streams come whole, without this copy
         result += some
-    if not decoder.eof and len(result) <= limit:
-        raise ImageError(f"the stream ends early, after {len(result)} bytes")
     return bytes(result)
 
 
@@ -135,8 +134,38 @@ def _lzo(data: bytes | bytearray | memoryview, limit: int) -> bytes:
 
 def _lzfse(data: bytes | bytearray | memoryview, limit: int) -> bytes:
     module = _library("liblzfse", "LZFSE")
-    result = bytes(module.decompress(bytes(data)))
-    return result[: limit + 1]
+    length = lzfse_length(data)
+    if length > limit:
+        raise ImageError(f"the stream holds {length} bytes, allowed are {limit}")
+    return bytes(module.decompress(bytes(data)))
+
+
+def lzfse_length(data: bytes | bytearray | memoryview) -> int:
+    """How much an LZFSE stream holds, as its blocks say: the library has no limit of its own.
+
+    :raises ImageError: it does not end, or has a block of an unknown kind
+    """
+    raw, at, total = bytes(data), 0, 0
+    while raw[at : at + 4] != b"bvx$":
+        if at + 32 > len(raw) and raw[at : at + 4] not in (b"bvx-", b"bvxn"):
+            raise ImageError(f"the stream ends early, after {total} bytes")
+        kind = raw[at : at + 4]
+        length, payload = (int.from_bytes(raw[at + n : at + n + 4], "little") for n in (4, 8))
+        if kind == b"bvx-":
+            at += 8 + length
+        elif kind == b"bvxn":
+            at += 12 + payload
+        elif kind == b"bvx1":
+            at += 772 + payload
+        elif kind == b"bvx2":
+            literals, matches, head = (int.from_bytes(raw[at + n : at + n + 8], "little") for n in (8, 16, 24))
+            at += (head & 0xFFFFFFFF) + (literals >> 20 & 0xFFFFF) + (matches >> 40 & 0xFFFFF)
+            if not head & 0xFFFFFFFF:
+                raise ImageError(f"a block at {at:#x} has no header")
+        else:
+            raise ImageError(f"a block at {at:#x} begins with {kind!r}")
+        total += length
+    return total
 
 
 def _adc(data: bytes | bytearray | memoryview, limit: int) -> bytes:
@@ -177,30 +206,56 @@ METHODS: Final[dict[str, Callable[[bytes | bytearray | memoryview, int], bytes]]
 }
 
 
+_LARGE: Final = 2 << 20
+
+
 class ChunkCache:
     """The chunks decoded last, at most ``capacity`` bytes of them (or one, if that is larger).
 
-    Guarded by its own lock, which is not held while a chunk is decoded.
+    Of large chunks one is decoded at a time, so that memory does not grow with the number of threads. Guarded by its
+    own lock, which is not held meanwhile.
     """
 
     def __init__(self, capacity: int = 16 << 20) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
+        self._large = threading.Lock()
         self._chunks: dict[int, bytes] = {}
         self._used = 0
 
-    def get(self, key: int, decode: Callable[[], bytes]) -> bytes:
-        """The chunk called ``key``, decoded now if it is not here."""
+    def get(self, key: int, decode: Callable[[], bytes], size: int) -> bytes:
+        """The chunk called ``key``, decoded now if it is not here.
+
+        :param size: bytes it has, about
+        """
+        found = self._find(key)
+        if found is not None:
+            return found
+        if size <= _LARGE:
+            return self._keep(key, decode())
+        with self._large:
+            found = self._find(key)
+            if found is not None:
+                return found
+            self._make_room(self._capacity)
+            return self._keep(key, decode())
+
+    def _find(self, key: int) -> bytes | None:
         with self._lock:
             found = self._chunks.pop(key, None)
             if found is not None:
                 self._chunks[key] = found
-                return found
-        made = decode()
+            return found
+
+    def _keep(self, key: int, made: bytes) -> bytes:
+        self._make_room(len(made))
         with self._lock:
             if key not in self._chunks:
                 self._chunks[key] = made
                 self._used += len(made)
-            while self._used > self._capacity and len(self._chunks) > 1:
-                self._used -= len(self._chunks.pop(next(iter(self._chunks))))
         return made
+
+    def _make_room(self, size: int) -> None:
+        with self._lock:
+            while self._chunks and self._used + size > self._capacity:
+                self._used -= len(self._chunks.pop(next(iter(self._chunks))))

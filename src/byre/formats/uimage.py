@@ -34,7 +34,7 @@ HEADER_SIZE: Final = 64
 MAX_PARTS: Final = 1024
 MAX_DECODED: Final = 64 << 20
 """Bytes of a decoded payload, which is kept in memory."""
-_STEP: Final = 1 << 20
+_STEP: Final = 1 << 18
 
 MULTI: Final = 4
 COMPRESSIONS: Final = ("none", "gzip", "bzip2", "lzma", "lzo", "lz4", "zstd")
@@ -191,14 +191,16 @@ class UImageNode(ReadOnlyFormat):
         buffer[:] = self._payload[extent.offset : extent.offset + len(buffer)]
 
     def _data_crc(self) -> int:
-        import zlib
+        from isal import isal_zlib
 
         crc, at, end = 0, HEADER_SIZE, HEADER_SIZE + self.header.size
+        piece = memoryview(bytearray(min(_STEP, self.header.size)))
         while at < end:
-            step = min(_STEP, end - at)
-            crc = zlib.crc32(read_exactly(self.file, at, step, "data"), crc)
-            at += step
-        return crc
+            piece = piece[: end - at]
+            self.file.read_into(at, piece)
+            crc = isal_zlib.crc32(piece, crc)
+            at += len(piece)
+        return int(crc)
 
     def format_info(self) -> dict[str, object]:
         """What the header says, with both checksums computed anew."""

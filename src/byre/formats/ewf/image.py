@@ -235,7 +235,7 @@ class EwfNode(ReadOnlyFormat):
 
     def decompress(self, extent: Extent, buffer: memoryview) -> None:
         index = extent.offset // self.cluster_size
-        data = self._chunks.get(index, lambda: self._chunk(index))
+        data = self._chunks.get(index, lambda: self._chunk(index), self.cluster_size)
         start = extent.offset - index * self.cluster_size
         buffer[:] = data[start : start + len(buffer)]
 

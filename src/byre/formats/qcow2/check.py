@@ -131,9 +131,8 @@ def _analyse(node: Qcow2Node, control: Control | None, *, fix: str = "", mend_sn
         findings.image_end = (comparison.highest + 1) << subject.cluster_bits
         return Analysis(subject, findings, walk, width)
 
-    if width:
-        return attempt(width)
-    found: Analysis = with_counters(node.header.nb_snapshots, attempt)
+    # Also where the width is known: tables that overlap the header say something else once that was mended.
+    found: Analysis = with_counters(node.header.nb_snapshots, attempt, width)
     return found
 
 

@@ -255,9 +255,14 @@ def _nothing() -> Findings:
     return Findings()
 
 
-def with_counters(snapshot_count: int, count: Callable[[int], Any]) -> Any:
-    """What ``count(width)`` gives, with the narrowest counters that do."""
+def with_counters(snapshot_count: int, count: Callable[[int], Any], narrowest: int = 0) -> Any:
+    """What ``count(width)`` gives, with the narrowest counters that do.
+
+    :param narrowest: bytes; narrower ones are not tried
+    """
     for width in (1, 2, 4) if snapshot_count < 60 else (2, 4):
+        if width < narrowest:
+            continue
         try:
             return count(width)
         except TooNarrow:

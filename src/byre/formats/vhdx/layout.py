@@ -219,7 +219,8 @@ def current_header(first: bytes | bytearray, second: bytes | bytearray) -> tuple
 def _check_log_place(header: Header) -> None:
     if header.log_version:
         raise ImageError(f"the log has version {header.log_version}, expected is 0")
-    if header.log_length % MIB or header.log_offset % MIB or (header.log_length and header.log_offset < MIB):
+    if (header.log_length % MIB or header.log_offset % MIB or (header.log_length and header.log_offset < MIB)
+            or (header.log_offset + header.log_length) >> 63):  # fmt: skip
         raise ImageError(f"the log of {header.log_length} bytes at {header.log_offset:#x} is not made of whole "
                          "mebibytes behind the headers")  # fmt: skip
 
@@ -263,7 +264,7 @@ def decode_region_table(data: bytes | bytearray) -> tuple[Region, ...]:
 
 def _check_regions(regions: Sequence[Region]) -> None:
     for number, region in enumerate(regions):
-        if region.offset % MIB or region.length % MIB or region.offset < MIB or region.end > 1 << 63:
+        if region.offset % MIB or region.length % MIB or region.offset < MIB or region.end >> 63:
             raise ImageError(f"region {number} of {region.length} bytes at {region.offset:#x} is not made of whole "
                              "mebibytes behind the headers")  # fmt: skip
         if region.required and region.guid not in (BAT_REGION, METADATA_REGION):
