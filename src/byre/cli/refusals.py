@@ -62,7 +62,8 @@ def version(prog: str) -> str:
     """What ``--version`` prints."""
     if prog == "byre":
         return f"byre {__version__}\n"
-    return f"{prog} version {_PEER_RELEASE} (byre {__version__})\n"
+    word = "" if prog == "qemu-nbd" else "version "  # as the peers have it
+    return f"{prog} {word}{_PEER_RELEASE} (byre {__version__})\n"
 
 
 def supported_formats() -> str:
