@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..exports.nbd import NbdExport
     from ..nbd.server import Server
 
-__all__ = ["Device", "disconnect"]
+__all__ = ["Device", "disconnect", "index_of"]
 
 _NETLINK_GENERIC: Final = 16
 _CONTROL: Final = 16  # GENL_ID_CTRL
@@ -47,8 +47,9 @@ def disconnect(path: str) -> int:
     """
     import sys
 
+    index = index_of(path)
     with _Netlink() as netlink:
-        netlink.call(_DISCONNECT, _number(_INDEX, _index_of(path), 4), path)
+        netlink.call(_DISCONNECT, _number(_INDEX, index, 4), path)
     sys.stdout.write(f"{printable(path)} disconnected\n")
     return 0
 
@@ -61,7 +62,7 @@ class Device:
         self._server = server
         self._export = export
         self._verbose = verbose
-        self._index = _index_of(path)
+        self._index = index_of(path)
         self._netlink = _Netlink()
 
     def __enter__(self) -> Device:
@@ -134,7 +135,7 @@ def _exactly(sock: socket.socket, length: int) -> bytes:
     return data
 
 
-def _index_of(path: str) -> int:
+def index_of(path: str) -> int:
     """The N of /dev/nbdN.
 
     :raises InvalidArgument: it is not called so

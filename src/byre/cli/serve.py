@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> int:
     if given.has("version"):
         from .refusals import version
 
-        sys.stdout.write(version(common.PROGRAM.get()))
+        # The peer's first word is its name, the second its version.
+        sys.stdout.write(version(common.PROGRAM.get()).replace("qemu-nbd version ", "qemu-nbd "))
         return 0
     _check(given)
     if given.has("list"):
@@ -146,6 +147,10 @@ def _check_mode(given: common.Given) -> None:
             raise InvalidArgument("List mode is incompatible with forking")
     elif len(given.positional) != 1:
         raise common.UsageError("Invalid number of arguments")
+    if given.has("connect"):
+        from .nbd_device import index_of
+
+        index_of(given.last("connect"))
     if given.has("image-opts") and given.has("format"):
         raise InvalidArgument("--image-opts and -f are mutually exclusive")
     if not given.has("tls-creds"):
