@@ -90,10 +90,10 @@ def create(
     _settle_backing(filename, values, check_backing, policy or Policy(allow_references=True))
     if "size" not in values.given:
         raise InvalidArgument("no size: give one, or a backing file to take it from", where=filename)
-    # Disks consist of sectors: the peer rounds up as well.
-    values.given["size"] = align_up(values.number("size"), SECTOR)
     if announce is not None:
         announce(values)
+    # Disks consist of sectors: the peer rounds up as well, and says what it was asked for.
+    values.given["size"] = align_up(values.number("size"), SECTOR)
     _check_backing_format(filename, values)
     prepare = getattr(module, "check_create", None)
     if prepare is not None:
@@ -127,9 +127,6 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
         raise InvalidArgument("an image cannot be its own backing file", where=filename)
     if not check and "size" in values.given:
         return
-    if not isinstance(format_name, str) and check:
-        raise InvalidArgument("a backing file is given without its format", where=filename,
-                              hint="use -F (or backing_fmt=)")  # fmt: skip
     graph = Graph()
     opener = Opener(graph, policy)
     try:
@@ -139,6 +136,9 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
         error.add_note("Could not open backing image.")
         raise
     try:
+        if not isinstance(format_name, str) and check:
+            raise InvalidArgument("a backing file is given without its format", where=filename,
+                                  hint="use -F (or backing_fmt=)")  # fmt: skip
         for layer in layers(node):
             if _same_file(filename, layer.filename):
                 raise InvalidArgument("the image is part of the backing chain it is to have", where=filename)
