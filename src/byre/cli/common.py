@@ -100,9 +100,12 @@ def report(message: object) -> None:
         sys.stderr.write("".join(f"{line}\n" for line in message.lines))
 
 
-def warn(message: str) -> None:
-    """One warning line on stderr."""
-    sys.stderr.write(f"{PROGRAM.get()}: warning: {printable(message)}\n")
+def warn(message: str, *, program: str = "") -> None:
+    """One warning line on stderr.
+
+    :param program: for a thread that does not know under which name it was started
+    """
+    sys.stderr.write(f"{program or PROGRAM.get()}: warning: {printable(message)}\n")
 
 
 # -- option tables --------------------------------------------------------------------------------

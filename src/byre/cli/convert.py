@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ..catalog import driver
@@ -13,6 +14,8 @@ from .create import declared_options
 from .progress import Display, mode_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..graph.opening import Policy
     from ..image import Image
     from ..jobs.blockcopy import CopySettings
@@ -150,8 +153,15 @@ def _settings(given: common.Given) -> CopySettings:
         if given.has("parallel")
         else 0,
         offload=given.has("offload"),
-        salvage=(_say_nothing if given.has("quiet") else common.warn) if given.has("salvage") else None,
+        salvage=_salvage_warning(given),
     )
+
+
+def _salvage_warning(given: common.Given) -> Callable[[str], None] | None:
+    """What is told, by whatever thread, of sectors that cannot be read; ``None`` to fail there."""
+    if not given.has("salvage"):
+        return None
+    return _say_nothing if given.has("quiet") else partial(common.warn, program=common.PROGRAM.get())
 
 
 def _say_nothing(_message: str) -> None:

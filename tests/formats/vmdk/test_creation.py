@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,33 @@ def test_only_streams_go_to_a_pipe() -> None:
     )
     with pytest.raises(NotSupported, match="backing"):
         driver.open_stream(lambda data: None, values, "-")
+
+
+def run_byre(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "byre", *words], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+FLAT = ("-O", "vmdk", "-o", "subformat=monolithicFlat")
+
+
+def test_a_failed_conversion_removes_its_extents(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "raw").write_bytes(b"x" * MIB)
+    source = "json:{'driver':'raw','file':{'driver':'blkdebug','image':{'driver':'file','filename':'raw'}," \
+             "'inject-error':[{'event':'read_aio','errno':5}]}}"  # fmt: skip
+    for options in (FLAT, ("-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse")):
+        done = run_byre(tmp_path, "convert", *options, source, "below/disk.vmdk")
+        assert done.returncode == 1
+        assert not list((tmp_path / "below").iterdir()), done.stderr
+
+
+def test_an_untrusted_conversion_writes_the_extents_it_made(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(b"x" * MIB)
+    done = run_byre(tmp_path, "convert", "--untrusted", "-f", "raw", *FLAT, "raw", "disk.vmdk")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "disk-flat.vmdk").read_bytes() == b"x" * MIB
+    done = run_byre(tmp_path, "convert", "--untrusted", "-O", "raw", "disk.vmdk", "back")
+    assert done.returncode == 1
+    assert "not opened for an untrusted image" in done.stderr
