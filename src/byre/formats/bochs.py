@@ -13,19 +13,16 @@ import sys
 from array import array
 
 from ..errors import ImageError, NotSupported
-from ..graph.node import PERM_ALL, PERM_READ
 from ..io.extent import DATA, UNALLOCATED, Extent
 from ..options import OptionSet
-from ..typing import TYPE_CHECKING, Final, NamedTuple
+from ..typing import TYPE_CHECKING, Final, NamedTuple, cast
 from ..units import SECTOR
-from .base import FormatNode
-from .opening import check_size, fit_flags, read_exactly, read_head
+from .opening import read_exactly, read_head
+from .readonly import ReadOnlyFormat, open_read_only
 
 if TYPE_CHECKING:
-    from ..graph.child import Child
     from ..graph.node import Node
     from ..graph.opening import OpenFlags, OpenRequest
-    from ..options import OptionValues
 
 __all__ = ["CHILDREN", "HEADER_SIZE", "MAGIC", "OPTIONS", "BochsNode", "Header", "decode_header", "encode_header",
            "open_node"]  # fmt: skip
@@ -42,7 +39,6 @@ MAX_CATALOG: Final = 1 << 20
 """Entries; what the largest disk needs that Bochs can make, 8 TiB."""
 MIN_EXTENT: Final = 512
 MAX_EXTENT: Final = 8 << 20
-READ_ONLY: Final = "bochs images can only be read"
 NOT_ALLOCATED: Final = 0xFFFFFFFF
 
 _BITMAPS_KEPT: Final = 256
@@ -152,37 +148,29 @@ def open_node(request: OpenRequest) -> BochsNode:
     :raises ImageError: the header breaks the format
     :raises NotSupported: it is to be written
     """
-    file = request.open_child("file")
-    flags = fit_flags(request, file, READ_ONLY)
-    try:
-        header = decode_header(read_head(file, HEADER_SIZE))
-        if header.data_offset > file.size:
-            raise ImageError(f"the catalog ends at {header.data_offset:#x}, past the end of the file ({file.size:#x})")
-        check_size(request, header.disk_size)
-    except ImageError as error:
-        error.where = error.where or file.filename
-        raise
-    node = BochsNode(file, header, flags, name=request.name)
-    node.sources = (request.opener.graph.attach(node, "file", file, "data"),)
-    return node
+    return cast("BochsNode", open_read_only(request, BochsNode.read))
 
 
-class BochsNode(FormatNode):
+class BochsNode(ReadOnlyFormat):
     """An open image. Guarded by ``lock``: the catalog and the bitmaps in memory."""
 
     driver = "bochs"
 
-    def __init__(self, file: Node, header: Header, flags: OpenFlags, *, name: str = "") -> None:
-        super().__init__(name=name, filename=file.filename, read_only=True)
-        self.file = file
+    def __init__(self, file: Node, header: Header, flags: OpenFlags) -> None:
+        super().__init__(file, flags)
         self.header = header
-        self.open_flags = flags
-        self.force_share = flags.force_share
-        self.report = file.debug_event if file.takes_events else None
         self.cluster_size = self.zero_unit = header.extent_size
         self._size = header.disk_size // SECTOR * SECTOR
         self._catalog: array[int] | None = None
         self._bitmaps: dict[int, int] = {}
+
+    @classmethod
+    def read(cls, file: Node, flags: OpenFlags) -> BochsNode:
+        """:raises ImageError: the header breaks the format, or the file ends inside the catalog"""
+        header = decode_header(read_head(file, HEADER_SIZE))
+        if header.data_offset > file.size:
+            raise ImageError(f"the catalog ends at {header.data_offset:#x}, past the end of the file ({file.size:#x})")
+        return cls(file, header, flags)
 
     def _load_catalog(self) -> array[int]:
         data = read_exactly(self.file, self.header.header_size, 4 * self.header.catalog_entries, "catalog")
@@ -221,13 +209,3 @@ class BochsNode(FormatNode):
             rows.append(Extent(base + within, stop - within, kind, data + within if kind == DATA else -1))
             within = stop
         return rows
-
-    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
-        if self.force_share:
-            return used & PERM_READ, PERM_ALL
-        return super().child_permissions(child, used, shared)
-
-    def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
-        if not flags.read_only:
-            raise NotSupported(READ_ONLY, where=self.filename)
-        return flags
