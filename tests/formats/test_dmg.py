@@ -232,10 +232,10 @@ def test_the_peer_reads_the_same(tmp_path: Path, qemu_img: Callable[..., object]
 
 
 def test_a_resource_fork_that_lists_one_table_for_ever() -> None:
-    """65,535 types of 65,536 items each, all the same item and the same table."""
+    """7000 types of 65,536 items each, all the same item and the same table."""
     table = dmg.encode_block_table(0, [Chunk(0, 512, 1, 0, 512)])
     data = struct.pack(">I", len(table)) + table
-    types = struct.pack(">H", 0xFFFE) + struct.pack(">4sHH", b"blkx", 0xFFFF, 8) * 65535
+    types = struct.pack(">H", 6999) + struct.pack(">4sHH", b"blkx", 0xFFFF, 56002) * 7000
     rest = struct.pack(">16x4x2x2xHH", 28, 0) + types + bytes(12 * 65536)
     fork = struct.pack(">4I", 256, 256 + len(data), len(data), len(rest)).ljust(256, b"\0") + data + rest
     with pytest.raises(ImageError, match="more than"):
@@ -247,3 +247,11 @@ def test_a_property_list_of_nothing_but_tags(element: bytes) -> None:
     data = b'<?xml version="1.0"?><plist version="1.0"><array>' + element * 100_000
     with pytest.raises(ImageError, match="65536 tags"):
         dmg.decode_property_list(data)
+
+
+@pytest.mark.parametrize("place", [(1 << 64) - 512, 1 << 63, (1 << 63) - 512])
+def test_a_data_fork_beyond_every_file(place: int) -> None:
+    data = bytearray(forge(patchwork(1 << 16)))
+    struct.pack_into(">Q", data, len(data) - 512 + 24, place)
+    with pytest.raises(ImageError, match="beyond every"):
+        open_image(MemoryNode(bytes(data)), "dmg", read_only=True)

@@ -98,6 +98,8 @@ def decode_trailer(data: bytes | bytearray | memoryview) -> Trailer:
         raise ImageError(f"the trailer has version {version} and {size} bytes; version 4 with {TRAILER_SIZE} is known")
     if segments > 1:
         raise ImageError(f"the image is one of {segments} segments, which is not supported")
+    if numbers[0] >> 62:
+        raise ImageError(f"the data fork lies beyond every file, at {numbers[0]:#x}")
     return Trailer._make((*numbers, xml_offset, xml_length, sectors, segments))
 
 
@@ -160,7 +162,7 @@ def decode_block_table(data: bytes | bytearray | memoryview) -> list[Chunk]:
 def _check(chunk: Chunk, index: int) -> None:
     if chunk.kind not in (KIND_ZERO, KIND_RAW, KIND_IGNORED) and chunk.kind not in STREAMS:
         raise ImageError(f"entry {index} of a block table has the unknown kind {chunk.kind:#x}")
-    if max(chunk.offset + chunk.length, chunk.host + chunk.host_length) >> 63:
+    if (chunk.offset + chunk.length) >> 63 or (chunk.host + chunk.host_length) >> 62:
         raise ImageError(f"entry {index} of a block table lies beyond every disk: sector {chunk.offset // SECTOR:#x}")
     if chunk.kind in STREAMS and max(chunk.length, chunk.host_length) > MAX_CHUNK:
         raise ImageError(f"entry {index} of a block table packs {chunk.length} bytes into {chunk.host_length}; "

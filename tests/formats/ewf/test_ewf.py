@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,3 +246,18 @@ def test_images_of_another_program(tmp_path: Path, ewfacquire: Callable[..., obj
         assert image.node.format_info().get("md5", hashlib.md5(content).hexdigest()) == (  # type: ignore[attr-defined]
             hashlib.md5(content).hexdigest()
         )
+
+
+def test_a_segment_of_nothing_but_texts(tmp_path: Path) -> None:
+    """Each unfolds to a megabyte; a few are enough."""
+    segment = Segment(1)
+    bomb = zlib.compress(b"1\nmain\nc\n007\n" + bytes((1 << 20) - 100))
+    for _ in range(5000):
+        segment.add("header", bomb)
+    segment.add("done", b"", last=True)
+    path = tmp_path / "disk.E01"
+    path.write_bytes(segment.data)
+    started = time.process_time()
+    with pytest.raises(ImageError, match="does not describe its volume"):
+        byre.open(str(path))
+    assert time.process_time() - started < 2

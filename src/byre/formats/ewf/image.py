@@ -27,8 +27,10 @@ MAX_SECTIONS: Final = 1 << 16
 """Of one segment."""
 MAX_HEADER: Final = 1 << 20
 """Bytes of text about the case, decompressed."""
-_TABLES_KEPT: Final = 64
-"""Tables whose entries are in memory; they have 16,375 of four bytes each, at most 65,536 with newer writers."""
+MAX_TEXTS: Final = 16
+"""Texts about the case that are looked at; writers put two or three."""
+_TABLES_KEPT: Final = 16
+"""Tables whose entries are in memory, at most 64 MiB; usual are 16,375 of four bytes each, 65,536 with newer writers."""
 MAX_ENTRIES: Final = 1 << 20
 _ROWS: Final = 1024
 
@@ -107,6 +109,7 @@ class EwfNode(ReadOnlyFormat):
         self.values: dict[str, str] = {}
         self.md5 = self.sha1 = b""
         self.segments: list[Node] = []
+        self._texts = 0
         self._tables: list[_Table] = []
         self._firsts: list[int] = []
         self._entries: dict[int, array[int]] = {}
@@ -152,7 +155,8 @@ class EwfNode(ReadOnlyFormat):
             self.volume = layout.decode_volume(data)
             self.cluster_size = self.zero_unit = self.volume.chunk_size
             self._size = self.volume.size
-        elif kind in ("header", "header2") and len(self.segments) == 1:
+        elif kind in ("header", "header2") and len(self.segments) == 1 and self._texts < MAX_TEXTS:
+            self._texts += 1
             self._take_values(file, at, length)
         elif kind == "table":
             self._take_table(file, at, end, sectors_end)

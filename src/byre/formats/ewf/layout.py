@@ -167,7 +167,10 @@ def decode_table_head(data: bytes | bytearray | memoryview) -> TableHead:
     if len(data) < TABLE_HEAD_SIZE:
         raise ImageError(f"a table of {len(data)} bytes")
     _verify(data, TABLE_HEAD_SIZE - 4, "table")
-    return TableHead(*struct.unpack_from("<I4xQ", data))
+    head = TableHead(*struct.unpack_from("<I4xQ", data))
+    if head.base >> 62:
+        raise ImageError(f"the chunks of a table begin beyond every file, at {head.base:#x}")
+    return head
 
 
 _NAMES: Final = {
