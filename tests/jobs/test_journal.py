@@ -64,14 +64,16 @@ def test_nothing_counts_before_the_target_is_flushed(path: str) -> None:
 
 def test_a_change_takes_back_what_was_done_before_it_happens(path: str) -> None:
     journal = Journal.create(path, ABOUT, 10 * UNIT, UNIT)
-    journal.finish_now(0, 10 * UNIT, nothing)
+    journal.finished(0, 10 * UNIT)
+    journal.checkpoint(nothing)
     entry = journal.begin_change(3 * UNIT + 10, 1)
     assert runs(Journal.open(path)) == [(0, 3 * UNIT), (4 * UNIT, 6 * UNIT)]
     journal.finished(0, 10 * UNIT)  # while it is being changed, nothing can be said of it
     journal.checkpoint(nothing)
     assert runs(journal) == [(0, 3 * UNIT), (4 * UNIT, 6 * UNIT)]
     journal.end_change(entry)
-    journal.finish_now(3 * UNIT, UNIT, nothing)
+    journal.finished(3 * UNIT, UNIT)
+    journal.checkpoint(nothing)
     assert runs(Journal.open(path)) == [(0, 10 * UNIT)]
 
 
@@ -116,7 +118,9 @@ def test_another_job_is_refused(path: str) -> None:
 
 def test_a_source_that_changed_begins_anew(path: str) -> None:
     before, after = ({**ABOUT, "source": [{"file": [1, 2], "changed": time}]} for time in (5, 6))
-    Journal.begin(path, before, 10 * UNIT, UNIT, resume=True).finish_now(0, UNIT, nothing)
+    journal = Journal.begin(path, before, 10 * UNIT, UNIT, resume=True)
+    journal.finished(0, UNIT)
+    journal.ensure(0, 1, nothing)
     assert runs(Journal.begin(path, before, 10 * UNIT, UNIT, resume=True)) == [(0, UNIT)]
     assert runs(Journal.begin(path, after, 10 * UNIT, UNIT, resume=True, vouched=True)) == [(0, UNIT)]
     assert runs(Journal.begin(path, after, 10 * UNIT, UNIT, resume=True)) == []

@@ -130,10 +130,16 @@ def _settle_backing(given: common.Given, source: Image, options: dict[str, str],
 
 def _backup(source: Image, target: Image, options: BackupOptions, policies: tuple[str, str], watch: Watch) -> None:
     from ..formats.abilities import HasCompression
-    from ..jobs.backup import BackupJob
+    from ..jobs.backup import BackupJob, backup_journal
 
     if options.compress and not isinstance(target.node, HasCompression):
         raise NotSupported("compression not supported for this file format", where=target.filename)
-    job = BackupJob(source, target, options, speed=watch.rate, on_source_error=policies[0],
-                    on_target_error=policies[1])  # fmt: skip
-    watch.run(job)
+    path = common.journal_path(watch.given)
+    journal = backup_journal(path, source, target, options, resume=watch.given.has("resume")) if path else None
+    try:
+        job = BackupJob(source, target, options, speed=watch.rate, on_source_error=policies[0],
+                    on_target_error=policies[1], journal=journal)  # fmt: skip
+        watch.run(job)
+    finally:
+        if journal is not None:
+            journal.close()

@@ -94,9 +94,15 @@ def _over_backing(source: Image, options: dict[str, str]) -> None:
 
 
 def _mirror(source: Image, target: Image, options: MirrorOptions, policies: tuple[str, str], watch: Watch) -> None:
-    from ..jobs.mirror import MirrorJob
+    from ..jobs.mirror import MirrorJob, mirror_journal
 
-    job = MirrorJob(source, target, options, speed=watch.rate, on_source_error=policies[0],
-                    on_target_error=policies[1])  # fmt: skip
-    # A soft cancellation: the target is a copy, and nobody is led to it.
-    watch.run(job, ready=job.cancel)
+    path = common.journal_path(watch.given)
+    journal = mirror_journal(path, source, target, options, resume=watch.given.has("resume")) if path else None
+    try:
+        job = MirrorJob(source, target, options, speed=watch.rate, on_source_error=policies[0],
+                    on_target_error=policies[1], journal=journal)  # fmt: skip
+        # A soft cancellation: the target is a copy, and nobody is led to it.
+        watch.run(job, ready=job.cancel)
+    finally:
+        if journal is not None:
+            journal.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ByreError, InvalidArgument, NotSupported
+from ..errors import AlreadyExists, ByreError, InvalidArgument, NotSupported
 from ..units import SECTOR, align_up
 from . import common
 from .create import declared_options
@@ -35,6 +35,7 @@ ERROR_SWITCHES: Final = (
     common.Switch("on-error", "", "on-error", "POLICY", "what to do about errors (below)"),
     common.Switch("on-source-error", "", "on-source-error", "POLICY", "about errors while reading the source"),
     common.Switch("on-target-error", "", "on-target-error", "POLICY", "about errors while writing the target"),
+    *common.JOURNAL,
     common.PROGRESS,
     common.Switch("progress-kind", "", "progress", "bar|text|json", "how to show the progress"),
     common.QUIET,
@@ -82,8 +83,15 @@ class Target:
         self._source = source
         self._options = options
         self._name = given.positional[-1]
-        self._new = not given.has("no-create")
-        self._format = given.last("output-format", source.format if self._new else "")
+        journal = common.journal_path(given)
+        #: What another run has begun is there already, and stays for the next one if this one fails.
+        self._resumed = given.has("resume") and os.path.exists(journal)
+        if journal and not self._resumed and os.path.exists(journal):
+            raise AlreadyExists("the journal of an unfinished job is there", where=journal,
+                                hint="go on with --resume, or delete it to begin anew")  # fmt: skip
+        self._kept = bool(journal)
+        self._new = not given.has("no-create") and not self._resumed
+        self._format = given.last("output-format", "" if given.has("no-create") else source.format)
         self._made = MadeFiles(self._name, options)
         self._image: Image | None = None
 
@@ -118,7 +126,7 @@ class Target:
 
     def _open(self) -> Image:
         policy = common.policy(self._given)
-        if self._new:
+        if self._new or self._resumed:
             # What the user put into the target is his word.
             names = [self._options[key] for key in ("backing_file", "data_file") if self._options.get(key)]
             policy = policy._replace(named=tuple((self._name, name) for name in names))
@@ -141,7 +149,9 @@ class Target:
             self._remove(error)
 
     def _remove(self, error: BaseException) -> None:
-        if self._new:
+        if self._kept and os.path.exists(common.journal_path(self._given)):
+            common.warn(f"{self._name} is kept: the same command with --resume goes on")
+        elif self._new:
             left = self._made.remove(error)
             if left:
                 common.warn(left)
@@ -156,6 +166,7 @@ class Watch:
         kind = given.last("progress-kind")
         if kind not in ("", "bar", "text", "json"):
             raise common.UsageError("--progress must be bar, text or json")
+        self.given = given
         self._mode = mode_for(given.has("progress"), kind, given.has("quiet"))
         self.rate = common.size_argument(given.last("rate"), "speed") if given.has("rate") else 0
 

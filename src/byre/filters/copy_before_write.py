@@ -108,6 +108,7 @@ class CopyBeforeWriteNode(NotifyingFilter):
     :ivar on_error: one of ``ON_ERROR``
     :ivar timeout: seconds a copy may take, 0 for no limit
     :ivar copier: copies a claimed (offset, length) instead of the filter itself
+    :ivar on_kept: called with (offset, length) of a write before it goes ahead: nobody needs what is there any more
     :ivar alone: nobody else may write to the disk; not where a job gives up in it what has been copied
     """
 
@@ -118,6 +119,7 @@ class CopyBeforeWriteNode(NotifyingFilter):
         self.on_error = on_error or ON_ERROR[0]
         self.timeout = timeout
         self.copier: Callable[[int, int], None] | None = None
+        self.on_kept: Callable[[int, int], None] | None = None
         self.alone = True
         self._state: PointInTime | None = None
 
@@ -176,6 +178,8 @@ class CopyBeforeWriteNode(NotifyingFilter):
         while True:
             claim = state.hold_back(offset, length, max(_STEP, state.cluster))
             if claim is None:
+                if self.on_kept is not None:
+                    self.on_kept(offset, length)
                 return
             copied = False
             try:

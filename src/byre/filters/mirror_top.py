@@ -7,7 +7,8 @@ in step stays so.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import Busy, ByreError, NotSupported
 from ..graph.node import PERM_ALL, PERM_RESIZE, PERM_WRITE
@@ -15,7 +16,7 @@ from ..options import OptionSet
 from .base import FilterNode, RangeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..bitmaps.bitmap import Bitmap
     from ..graph.child import Child
@@ -32,6 +33,13 @@ def open_node(request: OpenRequest) -> FilterNode:
     raise NotSupported(f"driver {request.row.name!r} is for mirror jobs; it cannot be opened")
 
 
+class Witness(Protocol):
+    """Is told of changes before they happen, and once they are marked; see :class:`byre.jobs.journal.Journal`."""
+
+    def begin_change(self, offset: int, length: int) -> tuple[int, int]: ...
+    def end_change(self, entry: tuple[int, int]) -> None: ...
+
+
 class MirrorTopNode(FilterNode):
     """Marks ``dirty`` with what is written to ``file``.
 
@@ -39,6 +47,7 @@ class MirrorTopNode(FilterNode):
     :ivar ranges: keeps the job's copying apart from writes to both sides
     :ivar blocking: writes go to the child ``target`` before the caller is told; changed while no request is under way
     :ivar alone: nobody else may write to the source; not where the target lies below it
+    :ivar witness: told of every change; ``None`` where nobody wants to know
     """
 
     driver = "mirror_top"
@@ -49,6 +58,7 @@ class MirrorTopNode(FilterNode):
         self.ranges = RangeLock()
         self.blocking = False
         self.alone = alone
+        self.witness: Witness | None = None
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -63,26 +73,40 @@ class MirrorTopNode(FilterNode):
 
     def discard(self, offset: int, length: int) -> None:
         # What a discarded range reads as differs from format to format: it is copied like any other change.
-        entry = self.ranges.enter(offset, offset + length, True) if self.blocking else None
-        try:
-            self.below.discard(offset, length)
-        finally:
-            self._mark(offset, length)
-            if entry is not None:
-                self.ranges.leave(entry)
+        with self._witnessed(offset, length):
+            entry = self.ranges.enter(offset, offset + length, True) if self.blocking else None
+            try:
+                self.below.discard(offset, length)
+            finally:
+                self._mark(offset, length)
+                if entry is not None:
+                    self.ranges.leave(entry)
 
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         raise Busy("the size cannot change while the disk is mirrored", where=self.filename)
 
     def _change(self, offset: int, length: int, action: Callable[[Node], None]) -> None:
-        if self.blocking:
-            self._change_both(offset, length, action)
+        with self._witnessed(offset, length):
+            if self.blocking:
+                self._change_both(offset, length, action)
+                return
+            try:
+                action(self.below)
+            finally:
+                # A write that failed may have changed something.
+                self._mark(offset, length)
+
+    @contextmanager
+    def _witnessed(self, offset: int, length: int) -> Iterator[None]:
+        witness = self.witness
+        if witness is None:
+            yield
             return
+        entry = witness.begin_change(offset, length)
         try:
-            action(self.below)
+            yield
         finally:
-            # A write that failed may have changed something.
-            self._mark(offset, length)
+            witness.end_change(entry)
 
     def _mark(self, offset: int, length: int) -> None:
         if length > 0:

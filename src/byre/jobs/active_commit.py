@@ -44,6 +44,7 @@ class ActiveCommitJob(MirrorJob):
     def __init__(self, top: Image, base: Node, *, id: str = "", on_error: str = "report", filter_name: str = "",
                  speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:  # fmt: skip
         Job.__init__(self, id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.journal = None
         self.options = MirrorOptions(sync="top")
         base = chain.skip_filters(base)
         check_base(top, base)

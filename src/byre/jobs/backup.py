@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from ..filters.point_in_time import PointInTime
     from ..graph.node import Node
     from .job import Control, Progress
+    from .journal import Journal
 
     Ranges = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-__all__ = ["BITMAP_MODES", "SYNC_MODES", "BackupJob", "BackupOptions"]
+__all__ = ["BITMAP_MODES", "SYNC_MODES", "BackupJob", "BackupOptions", "backup_journal"]
 
 SYNC_MODES: Final = ("full", "top", "none", "incremental", "bitmap")
 BITMAP_MODES: Final = ("on-success", "never", "always")
@@ -125,6 +126,7 @@ class BackupJob(Job):
     :param source: its node is copied, whoever writes to it
     :param target: of the same size, in the same graph, writable; nobody else uses it
     :param filter_name: node name of the filter on top of the source; "" to have one generated
+    :param journal: of :func:`backup_journal`; what it says is done is not copied again, and it is deleted in the end
     :param on_source_error: as ``on_target_error`` one of "report", "ignore", "stop", "enospc", "auto"; concerns what
         the job copies, not what writes to the source have to wait for
     :raises InvalidArgument: options that are none, sizes that differ, or source and target are one
@@ -136,8 +138,10 @@ class BackupJob(Job):
 
     def __init__(self, source: Image, target: Image, options: BackupOptions | None = None, *, id: str = "",
                  on_source_error: str = "report", on_target_error: str = "report", filter_name: str = "",
-                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:  # fmt: skip
+                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.journal = journal
         self.options = (options or BackupOptions()).checked()
         self._policies = Policies(on_source_error, on_target_error)
         self._policies.check()
@@ -188,6 +192,10 @@ class BackupJob(Job):
             insert_filter(graph, self._filter, source, stay=[reader])
             self._take_bitmap(undo)
             self._filter.begin(self._cluster, self._bitmap if self.options.sync in ("incremental", "bitmap") else None)
+            if self.journal is not None:
+                # Before the first write: what is done must not be copied again, it may have been overwritten since.
+                self._instant.skip(self.journal.done())
+                self._filter.on_kept = self._make_durable
             blocking = Blocking(graph, [self._filter, *occupied], "block device is in use by block job: backup")
             undo.callback(blocking.release)
 
@@ -221,11 +229,15 @@ class BackupJob(Job):
             graph.release(node)
 
     def clean(self) -> None:
+        if self.journal is not None:
+            self.journal.stop()
         self._undo.close()
 
     def commit(self) -> None:
         if self._bitmap is not None and self.options.bitmap_mode != "never":
             self._bitmap.abdicate()
+        if self.journal is not None:
+            self.journal.remove()
 
     def abort(self) -> None:
         bitmap = self._bitmap
@@ -246,6 +258,8 @@ class BackupJob(Job):
         return self._filter.state
 
     def run(self, control: Control) -> None:
+        if self.journal is not None:
+            self.journal.start(self._flush_target)
         self._copy.look_for_holes()
         self._account()
         if self.options.sync == "none":
@@ -304,6 +318,8 @@ class BackupJob(Job):
         try:
             moved = self._copy.copy(*claim)
             copied = True
+            if self.journal is not None:
+                self.journal.finished(*claim)
         finally:
             self._instant.settle(claim, copied=copied)
         if self.options.discard_source:
@@ -319,6 +335,17 @@ class BackupJob(Job):
             self._copy.copy(offset, length)
         except RangeFailed as failure:
             raise failure.error from failure
+        if self.journal is not None:
+            self.journal.finished(offset, length)
+
+    def _make_durable(self, offset: int, length: int) -> None:
+        """Once the writer goes on, the target alone has what was there, and the journal alone says so."""
+        assert self.journal is not None
+        self.journal.ensure(offset, length, self._flush_target)
+
+    def _flush_target(self) -> None:
+        # Past the gate: a writer that waits for this holds up those who change the graph, and those hold the gate.
+        self._writer.node.flush()
 
     # -- what needs no copying --------------------------------------------------------------------
 
@@ -339,7 +366,11 @@ class BackupJob(Job):
                     rows += len(other[0])
                     starts, stops = _common(starts, stops, *other)
             stride.saw(rows)
-            self._instant.skip(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
+            same = list(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
+            if self.journal is not None:
+                for start, size in same:
+                    self.journal.finished(start, size)
+            self._instant.skip(same)
 
     # -- figures ----------------------------------------------------------------------------------
 
@@ -349,6 +380,20 @@ class BackupJob(Job):
     def progress(self) -> Progress:
         self._account()
         return super().progress()
+
+
+def backup_journal(path: str, source: Image, target: Image, options: BackupOptions, *, resume: bool,
+                   vouched: bool = False) -> Journal:  # fmt: skip
+    """The journal of a backup; see :meth:`.journal.Journal.begin`.
+
+    :param vouched: since the job died, nobody has written to the source: it still holds what was not copied
+    """
+    from .journal import Journal, identity
+
+    about = {"job": "backup", "sync": options.sync, "bitmap": options.bitmap, "source": identity(source.node),
+             "target": identity(target.node, changing=True)[:1]}  # fmt: skip
+    unit = cluster_for(target.node, options.min_cluster_size)
+    return Journal.begin(path, about, source.size, unit, resume=resume, vouched=vouched)
 
 
 def _blank(top: Node, base: Node | None, offset: int, length: int) -> Ranges:

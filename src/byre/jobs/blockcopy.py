@@ -175,6 +175,8 @@ class BlockCopy:
     """Copies segments from ``source`` to the same offsets of ``target``.
 
     The target is long enough. Nothing is flushed; closing the target does that.
+
+    :ivar on_stored: where segments are copied in order, told up to which offset they are in the target
     """
 
     def __init__(self, source: SourceDisk, target: Image, settings: CopySettings) -> None:
@@ -192,6 +194,7 @@ class BlockCopy:
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
         self._behind = WriteBehind(node)
+        self.on_stored: Callable[[int], None] | None = None
         if settings.compress:
             from ..formats.abilities import HasCompression
 
@@ -244,6 +247,8 @@ class BlockCopy:
             moved = self._write(writes)
             if buffer is not None:
                 self._buffers.give_back(buffer)
+            if self.on_stored is not None and task.segments:
+                self.on_stored(task.segments[-1].offset + task.segments[-1].length)
             control.count(task.counted, moved)
 
         work = self._compress_task if settings.compress else self._plain_task

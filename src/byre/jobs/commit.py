@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["CommitJob", "check_base", "commit_journal"]
 
 _JOURNAL_PART: Final = 1 << 20
-_JOURNAL_WINDOW: Final = 64 << 20
-"""Copied between two entries of a journal, bytes."""
 
 
 class CommitJob(Job):
@@ -89,16 +87,15 @@ class CommitJob(Job):
             self.top.flush()
 
     def _copy_with(self, journal: Journal, copy: BlockCopy, target: Image, control: Control) -> None:
-        """Copy what the journal does not say is done, window by window."""
+        """Copy what the journal does not say is done."""
         if not control.measure:
             control.count(sum(length for _, length in journal.done()), 0)
         journal.start(target.flush)
         try:
             for start, length in journal.left():
-                for offset in range(start, start + length, _JOURNAL_WINDOW):
-                    size = min(_JOURNAL_WINDOW, start + length - offset)
-                    copy.run(self._plan(offset, size), control)
-                    journal.finished(offset, size)
+                copy.on_stored = lambda end, start=start: journal.finished(start, end - start)
+                copy.run(self._plan(start, length), control)
+                journal.finished(start, length)
         finally:
             journal.stop()
         journal.checkpoint(target.flush)

@@ -65,7 +65,7 @@ def identity(node: Node, *, above: Node | None = None, changing: bool = False) -
 class Journal:
     """An open journal. Thread-safe.
 
-    Guarded by ``_lock``: the bits, and the file.
+    Guarded by ``_lock``: the bits, and the file. ``_turn`` is held during a checkpoint, and taken before ``_lock``.
 
     :ivar about: which job on which disks, as the header has it
     :ivar size: of the disk, bytes
@@ -80,6 +80,7 @@ class Journal:
         self.granularity = granularity
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._done = bits
         self._pending = bytearray(len(bits))
         self._flushing = bytearray(len(bits))
@@ -253,10 +254,14 @@ class Journal:
                 if first < last:
                     self._set(self._pending, first, last)
 
-    def finish_now(self, offset: int, length: int, flush: Callable[[], None]) -> None:
-        """As :meth:`finished`, durable on return."""
-        self.finished(offset, length)
-        self.checkpoint(flush)
+    def ensure(self, offset: int, length: int, flush: Callable[[], None]) -> None:
+        """What was :meth:`finished` in a range is durable, and known to be, on return."""
+        unit = self.granularity
+        first, last = offset // unit, -(-(offset + length) // unit)
+        with self._lock:
+            waiting = _any(self._pending, first, last) or _any(self._flushing, first, last)
+        if waiting:
+            self.checkpoint(flush)
 
     def begin_change(self, offset: int, length: int) -> tuple[int, int]:
         """The range is about to change in the source: what is said of it is taken back, durably.
@@ -291,11 +296,15 @@ class Journal:
     # -- durability -------------------------------------------------------------------------------
 
     def checkpoint(self, flush: Callable[[], None]) -> None:
-        """What is finished so far becomes durable, and then known to be.
+        """What is finished so far becomes durable, and then known to be. One at a time; others wait.
 
         :param flush: of the target
         :raises ByreError: the flush or a write to the journal failed
         """
+        with self._turn:
+            self._checkpoint(flush)
+
+    def _checkpoint(self, flush: Callable[[], None]) -> None:
         with self._lock:
             if not self._pages:
                 return

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from ..graph.child import Child
     from ..graph.node import Node
     from .job import Progress
+    from .journal import Journal
 
-__all__ = ["COPY_MODES", "SYNC_MODES", "MirrorJob", "MirrorOptions", "MirrorStatus"]
+__all__ = ["COPY_MODES", "SYNC_MODES", "MirrorJob", "MirrorOptions", "MirrorStatus", "mirror_journal"]
 
 SYNC_MODES: Final = ("full", "top", "none")
 COPY_MODES: Final = ("background", "write-blocking")
@@ -112,6 +113,7 @@ class MirrorJob(Job):
     :param source: its node is mirrored, whoever writes to it
     :param target: of the same size, in the same graph, writable; nobody else uses it
     :param filter_name: node name of the filter on top of the source; "" to have one generated
+    :param journal: of :func:`mirror_journal`; what it says is done is not copied again, and it is deleted in the end
     :param on_source_error: as ``on_target_error`` one of "report", "ignore", "stop", "enospc", "auto"
     :raises InvalidArgument: an option that is none, sizes that differ, or source and target are one
     :raises Busy: another job works on one of them
@@ -121,8 +123,10 @@ class MirrorJob(Job):
 
     def __init__(self, source: Image, target: Image, options: MirrorOptions | None = None, *, id: str = "",
                  on_source_error: str = "report", on_target_error: str = "report", filter_name: str = "",
-                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:  # fmt: skip
+                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.journal = journal
         self.options = options or MirrorOptions()
         self.options.check()
         if target.graph is not source.graph:
@@ -160,15 +164,12 @@ class MirrorJob(Job):
         self._read: Image | None = None
         self._write: Image | None = None
         self._blocking: Blocking | None = None
-        self._top = MirrorTopNode(Bitmap(source.size, self._granularity(target)), alone=True)
+        self._top = MirrorTopNode(Bitmap(source.size, _default_granularity(target, self.options)), alone=True)
+        self._top.witness = self.journal
         self._rate_in = self._rate_out = 0.0
         self._small = 0
         self._primed = False
         self._in_flight = 0
-
-    def _granularity(self, target: Node) -> int:
-        cluster = getattr(chain.skip_filters(target), "cluster_size", 64 * KIB)
-        return self.options.granularity or max(4 * KIB, min(64 * KIB, cluster))
 
     def _find_replaced(self) -> Node | None:
         """The node given by ``replaces``; ``None`` for the source."""
@@ -224,6 +225,8 @@ class MirrorJob(Job):
 
     def clean(self) -> None:
         """Let go of everything, after success or failure."""
+        if self.journal is not None:
+            self.journal.stop()
         self._let_users_go()
         if self._blocking is not None:
             self._blocking.release()
@@ -249,6 +252,8 @@ class MirrorJob(Job):
         self._copy.look_for_holes()
         if self.options.sync != "none":
             self._mark_initial(control)
+        if self.journal is not None:
+            self.journal.start(self._writer.node.flush)
         self._primed = True
         self._account()
         self._converge(control)
@@ -287,13 +292,23 @@ class MirrorJob(Job):
         if self._base is None and self.options.sync == "full" and not self.options.target_is_zero:
             walks.append((self._copy.target, None))
         stride = Stride([image.node for image, _ in walks])
-        dirty = self._top.dirty
+        dirty = self._top.dirty if self.journal is None else Bitmap(self._top.dirty.size, self._top.dirty.granularity)
         for offset, length in stride.windows(0, dirty.size):
             if control.attention:
                 control.checkpoint()
             with self._copy.request():
                 rows = sum(_mark_held(dirty, image.node, base, offset, length) for image, base in walks)
             stride.saw(rows)
+        if self.journal is not None:
+            self._mark_left(self.journal, dirty)
+
+    def _mark_left(self, journal: Journal, initial: Bitmap) -> None:
+        """Mark what is dirty in ``initial`` and not done. Nothing is cleared: what is written meanwhile stays so."""
+        for offset, length in journal.done():
+            initial.clear(offset, length)
+        for offsets, lengths in initial.runs():
+            for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+                self._top.dirty.set(offset, length)
 
     def _sweep(self, control: Control) -> bool:
         """Copy what is dirty now; whether all went well."""
@@ -347,6 +362,8 @@ class MirrorJob(Job):
                 self._count_in_flight(due)
                 for start, size in taken:
                     moved += self._copy.copy(start, size)
+                    if self.journal is not None:
+                        self.journal.finished(start, size)
             except BaseException:
                 top.dirty.set(offset, length)
                 raise
@@ -388,6 +405,8 @@ class MirrorJob(Job):
 
     def commit(self) -> None:
         self._let_users_go()
+        if self.journal is not None:
+            self.journal.remove()
 
     def abort(self) -> None:
         if self._moved:
@@ -428,6 +447,25 @@ class MirrorJob(Job):
     def progress(self) -> Progress:
         self._account()
         return super().progress()
+
+
+def mirror_journal(path: str, source: Image, target: Image, options: MirrorOptions, *, resume: bool,
+                   vouched: bool = False) -> Journal:  # fmt: skip
+    """The journal of a mirror; see :meth:`.journal.Journal.begin`.
+
+    :param vouched: since the job died, nobody has written to the source: what was written until then is accounted for
+    """
+    from .journal import Journal, identity
+
+    about = {"job": "mirror", "sync": options.sync, "source": identity(source.node),
+             "target": identity(target.node, changing=True)[:1]}  # fmt: skip
+    unit = _default_granularity(target.node, options)
+    return Journal.begin(path, about, source.size, unit, resume=resume, vouched=vouched)
+
+
+def _default_granularity(target: Node, options: MirrorOptions) -> int:
+    cluster = getattr(chain.skip_filters(target), "cluster_size", 64 * KIB)
+    return options.granularity or max(4 * KIB, min(64 * KIB, cluster))
 
 
 def _chunk(buffer_size: int, granularity: int) -> int:

@@ -1,0 +1,187 @@
+"""``--journal`` and ``--resume``: jobs that are killed go on, and end with the bytes of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import byre
+from byre.cli.main import main
+from byre.errors import ByreError
+
+MIB = 1 << 20
+SIZE = 48 * MIB
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def content(seed: int) -> bytes:
+    """Data with holes, in pieces of some MiB."""
+    chooser = random.Random(seed)
+    return b"".join(chooser.randbytes(MIB) if chooser.random() < 0.8 else bytes(MIB) for _ in range(SIZE // MIB))
+
+
+def chain() -> tuple[bytes, bytes]:
+    """base.raw and top.qcow2 over it; what the two show."""
+    base = content(1)
+    Path("base.raw").write_bytes(base)
+    assert main(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]) == 0
+    shown = bytearray(base)
+    chooser = random.Random(2)
+    with byre.open("top.qcow2", read_only=False) as image:
+        for _ in range(20):
+            at, data = chooser.randrange(SIZE - MIB), chooser.randbytes(MIB)
+            image.write(at, data)
+            shown[at : at + MIB] = data
+    return base, bytes(shown)
+
+
+def run_and_kill(*command: str, done: int = -1) -> None:
+    """Start byre, and kill it with SIGKILL once its journal says that more than ``done`` bytes are done."""
+    process = subprocess.Popen([sys.executable, "-m", "byre", *command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while done_bytes() <= done:
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline, "nothing is done"
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9
+
+
+def done_bytes() -> int:
+    """What the journal says; -1 if there is none."""
+    from byre.jobs.journal import Journal
+
+    try:
+        journal = Journal.open("journal")
+    except ByreError:
+        return -1
+    try:
+        return sum(length for _, length in journal.done())
+    finally:
+        journal.close()
+
+
+def kill_twice(*command: str, rate: str = "8M") -> None:
+    """The journal says then that some of the work is done, but not all."""
+    run_and_kill(*command, "-r", rate, "--journal", "journal", done=0)
+    first = done_bytes()
+    run_and_kill(*command, "-r", rate, "--journal", "journal", "--resume", done=first)
+    assert 0 < first < done_bytes() < SIZE
+
+
+def read(name: str) -> bytes:
+    with byre.open(name) as image:
+        return image.read(0, image.size)
+
+
+def test_mirror() -> None:
+    _, shown = chain()
+    kill_twice("mirror", "-O", "qcow2", "top.qcow2", "copy.qcow2")
+    assert main(["mirror", "-O", "qcow2", "--journal", "journal", "--resume", "top.qcow2", "copy.qcow2"]) == 0
+    assert read("copy.qcow2") == shown
+    assert main(["check", "-q", "copy.qcow2"]) in (0, 3)
+    assert not os.path.exists("journal")
+
+
+def test_backup_in_full() -> None:
+    _, shown = chain()
+    kill_twice("backup", "-O", "raw", "top.qcow2", "copy.raw")
+    assert main(["backup", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "copy.raw"]) == 0
+    assert read("copy.raw") == shown
+    assert not os.path.exists("journal")
+
+
+def test_incremental_backup() -> None:
+    data = bytearray(content(1))
+    Path("disk.raw").write_bytes(data)
+    assert main(["convert", "-O", "qcow2", "disk.raw", "disk.qcow2"]) == 0
+    assert main(["bitmap", "--add", "disk.qcow2", "b"]) == 0
+    assert main(["backup", "disk.qcow2", "full.qcow2"]) == 0
+    chooser = random.Random(5)
+    with byre.open("disk.qcow2", read_only=False) as image:
+        for at in range(0, SIZE, 3 * MIB):
+            new = chooser.randbytes(2 * MIB)
+            image.write(at, new)
+            data[at : at + len(new)] = new
+    command = (
+        "backup",
+        "-s",
+        "incremental",
+        "--bitmap",
+        "b",
+        "-B",
+        "full.qcow2",
+        "-F",
+        "qcow2",
+        "disk.qcow2",
+        "inc.qcow2",
+    )
+    kill_twice(*command)
+    assert main([*command, "--journal", "journal", "--resume"]) == 0
+    assert read("inc.qcow2") == bytes(data)
+    with byre.open("disk.qcow2") as image:
+        bitmap = image.node.bitmap_store().find("b")  # type: ignore[attr-defined]
+        assert not bitmap.inconsistent
+        assert bitmap.dirty_bytes == 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_commit(keep: bool) -> None:
+    _, shown = chain()
+    command = ("commit", *(["-d"] if keep else []), "top.qcow2")
+    kill_twice(*command, rate="3M")
+    assert read("top.qcow2") == shown
+    assert main([*command, "--journal", "journal", "--resume"]) == 0
+    assert read("base.raw") == shown
+    assert read("top.qcow2") == shown
+    assert not os.path.exists("journal")
+
+
+def test_stream() -> None:
+    _, shown = chain()
+    run_and_kill("stream", "-r", "10M", "--journal", "journal", "top.qcow2")
+    assert read("top.qcow2") == shown
+    assert main(["stream", "--journal", "journal", "--resume", "top.qcow2"]) == 0
+    os.unlink("base.raw")
+    assert read("top.qcow2") == shown
+    assert not os.path.exists("journal")
+
+
+def test_a_source_that_was_written_to_is_copied_again() -> None:
+    _, shown = chain()
+    kill_twice("mirror", "-O", "raw", "top.qcow2", "copy.raw")
+    with byre.open("top.qcow2", read_only=False) as image:
+        image.write(0, b"new" * 1000)
+    assert main(["mirror", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "copy.raw"]) == 0
+    assert read("copy.raw") == b"new" * 1000 + shown[3000:]
+
+
+def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown = chain()
+    assert main(["create", "-q", "other.raw", str(SIZE)]) == 0
+    run_and_kill("mirror", "-O", "raw", "-r", "5M", "--journal", "journal", "top.qcow2", "copy.raw")
+    for arguments, said in (
+        (["mirror", "-O", "raw", "--journal", "journal", "top.qcow2", "copy.raw"], "--resume"),
+        (["mirror", "-O", "raw", "--resume", "top.qcow2", "copy.raw"], "--resume needs --journal"),
+        (["backup", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "copy.raw"], "another job"),
+        (
+            ["mirror", "-s", "top", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "copy.raw"],
+            "another job",
+        ),
+        (["mirror", "-n", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "other.raw"], "another job"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 1, arguments
+        assert said in capsys.readouterr().err, arguments
+    assert main(["mirror", "-O", "raw", "--journal", "journal", "--resume", "top.qcow2", "copy.raw"]) == 0
+    assert read("copy.raw") == shown

@@ -1,0 +1,124 @@
+"""Journals of jobs on disks in use: the process is killed while others write, and the job goes on from there."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import byre
+from byre.graph.graph import Graph
+from byre.jobs.backup import BackupJob, BackupOptions, backup_journal
+from byre.jobs.journal import Journal
+from byre.jobs.mirror import MirrorJob, MirrorOptions, mirror_journal
+
+MIB = 1 << 20
+SIZE = 32 * MIB
+
+# Two threads write at random while the job runs slowly; the parent kills all of it.
+CHILD = """
+import random, sys, threading
+import byre
+from byre.graph.graph import Graph
+from byre.jobs.backup import BackupJob, BackupOptions, backup_journal
+from byre.jobs.mirror import MirrorJob, MirrorOptions, mirror_journal
+kind, seed = sys.argv[1], int(sys.argv[2])
+graph = Graph()
+source = byre.open("source.qcow2", read_only=False, graph=graph)
+target = byre.open("target.qcow2", read_only=False, graph=graph)
+options = MirrorOptions() if kind == "mirror" else BackupOptions()
+make = mirror_journal if kind == "mirror" else backup_journal
+journal = make("journal", source, target, options, resume=True, vouched=True)
+job = (MirrorJob if kind == "mirror" else BackupJob)(source, target, options, journal=journal, speed=8 << 20)
+
+def write(seed):
+    chooser = random.Random(seed)
+    while True:
+        at = chooser.randrange(source.size - 70000)
+        source.write(at, chooser.randbytes(chooser.randrange(1, 70000)))
+
+for number in range(2):
+    threading.Thread(target=write, args=(seed + number,), daemon=True).start()
+job.start()
+job.join()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def make_disks() -> bytes:
+    from byre.cli.main import main
+
+    content = random.Random(3).randbytes(SIZE)
+    for name in ("source", "target"):
+        assert main(["create", "-q", "-f", "qcow2", f"{name}.qcow2", str(SIZE)]) == 0
+    with byre.open("source.qcow2", read_only=False) as image:
+        image.write(0, content)
+    return content
+
+
+def done_bytes() -> int:
+    try:
+        journal = Journal.open("journal")
+    except byre.errors.ByreError:
+        return 0
+    try:
+        return sum(length for _, length in journal.done())
+    finally:
+        journal.close()
+
+
+def run_and_kill(kind: str, seed: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CHILD, kind, str(seed)])
+    before, deadline = done_bytes(), time.monotonic() + 60
+    while done_bytes() <= before and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended"
+        time.sleep(0.02)
+    time.sleep(random.Random(seed).random() * 0.3)
+    process.kill()
+    assert process.wait() == -9
+
+
+def read(name: str) -> bytes:
+    with byre.open(name) as image:
+        return image.read(0, image.size)
+
+
+def test_a_mirror_ends_with_the_bytes_of_its_source() -> None:
+    make_disks()
+    for seed in (10, 20):
+        run_and_kill("mirror", seed)
+    graph = Graph()
+    with (
+        byre.open("source.qcow2", read_only=False, graph=graph) as source,
+        byre.open("target.qcow2", read_only=False, graph=graph) as target,
+    ):
+        journal = mirror_journal("journal", source, target, MirrorOptions(), resume=True, vouched=True)
+        job = MirrorJob(source, target, journal=journal)
+        job.on_change = lambda one, state: one.cancel() if state.name == "READY" else None
+        job.execute()
+        assert target.read(0, SIZE) == source.read(0, SIZE)
+    assert read("target.qcow2") == read("source.qcow2")
+    assert not Path("journal").exists()
+
+
+def test_a_backup_ends_with_the_bytes_of_the_moment_it_began() -> None:
+    content = make_disks()
+    for seed in (30, 40):
+        run_and_kill("backup", seed)
+    graph = Graph()
+    with (
+        byre.open("source.qcow2", read_only=False, graph=graph) as source,
+        byre.open("target.qcow2", read_only=False, graph=graph) as target,
+    ):
+        journal = backup_journal("journal", source, target, BackupOptions(), resume=True, vouched=True)
+        BackupJob(source, target, journal=journal).execute()
+    assert read("target.qcow2") == content
+    assert read("source.qcow2") != content
