@@ -141,6 +141,9 @@ class NbdExport(Export):
     def end(self, reads: int, bytes_read: int, writes: int, bytes_written: int, started: int) -> None:
         self.image.end_batch(reads, bytes_read, writes, bytes_written, started)
 
+    def past_cache(self) -> bool:
+        return not self.image.node.buffered
+
     def direct(self, offset: int, length: int) -> DirectRange | None:
         image = self.image
         started = perf_counter_ns()

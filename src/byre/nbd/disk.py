@@ -82,6 +82,9 @@ class Disk(Protocol):
     def end(self, reads: int, bytes_read: int, writes: int, bytes_written: int, started: int) -> None:
         """They are done, and counted; ``started`` is the ``perf_counter_ns()`` of their beginning."""
 
+    def past_cache(self) -> bool:
+        """Whether reads go past the page cache, so that :meth:`direct` is worth asking."""
+
     def direct(self, offset: int, length: int) -> DirectRange | None:
         """Where a range can be read past the page cache; the request is under way until ``release`` is called."""
 

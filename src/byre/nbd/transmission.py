@@ -46,7 +46,7 @@ MAX_EXTENTS: Final = 1 << 17
 
 MAX_REQUESTS: Final = 16
 """Requests under way for one client, apart from the one that is just being received."""
-_PROBE: Final = 4096
+WORKERS: Final = 4
 
 _DONE, _OTHER, _AGAIN = range(3)
 """What to do with the requests that are left of a batch: wait for the rest, look closely at the next, go on."""
@@ -79,7 +79,9 @@ class Transmission:
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
         self._flight = Flight(MAX_REQUESTS)
-        self._workers: Workers[_Task, Arena] = Workers(self._carry_out_apart, lambda: Arena(PIECE), self._flight, name)
+        self._workers: Workers[_Task, Arena] = Workers(
+            self._carry_out_apart, lambda: Arena(PIECE), self._flight, name, WORKERS
+        )
         self._reads = ReadAnswers(link, disk, self._replies, share)
         self._direct = self._make_direct(name)
         self._input = Arena(IN_SIZE)
@@ -99,14 +101,10 @@ class Transmission:
 
     def _make_direct(self, name: str) -> DirectReads | None:
         """For disks that are read past the page cache, where the system allows it."""
-        probe = self._disk.direct(0, _PROBE)
-        if probe is None:
+        if not self._disk.past_cache():
             return None
-        probe.release(0)
         try:
-            return DirectReads(
-                self._link, self._disk, self._replies, self._flight, MAX_REQUESTS, self._read_apart, name
-            )
+            return DirectReads(self._link, self._disk, self._replies, MAX_REQUESTS, self._read_apart, name)
         except OSError:
             return None
 
@@ -123,16 +121,21 @@ class Transmission:
         finally:
             self._send_direct()
             self._workers.close()
-            while not self._flight.wait(1.0) and not self.stopping:
+            while not (self._flight.wait(1.0) and self._wait_direct(1.0)) and not self.stopping:
                 pass
-            if self._direct is not None and not self._flight.pending:
+            if self._direct is not None and not self._direct.pending:
                 self._direct.close()
+
+    def _wait_direct(self, timeout: float, most: int = 0) -> bool:
+        return self._direct is None or self._direct.wait(timeout, most)
 
     def stop(self) -> None:
         """Begin no more requests; another thread calls this. Those that nobody has begun are dropped."""
         self.stopping = True
         for task in self._workers.drop():
             self._share.give_back(task.held)
+        if self._direct is not None:
+            self._direct.drop()
 
     def _serve(self) -> None:
         view = self._input.view
@@ -389,6 +392,7 @@ class Transmission:
         if self._direct is not None and self._is_direct(request) and self._direct.take(request):
             return False
         self._send_direct()
+        self._wait_direct(PAYLOAD_SECONDS, MAX_REQUESTS - WORKERS)
         if held:
             self._workers.submit(_Task(request, payload, held))
             return True
@@ -416,7 +420,7 @@ class Transmission:
             return True
         if command == wire.CMD_READ and self._seems_cached(request):
             return True
-        return alone and not self._flight.pending
+        return alone and not self._flight.pending and (self._direct is None or not self._direct.pending)
 
     @staticmethod
     def _is_direct(request: Request) -> bool:

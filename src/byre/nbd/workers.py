@@ -38,9 +38,6 @@ class Flight:
                 self._less.wait()
             self.pending += 1
 
-    def is_full(self) -> bool:
-        return self.pending >= self._depth
-
     def leave(self, count: int = 1) -> None:
         with self._less:
             self.pending -= count
