@@ -176,3 +176,25 @@ def test_damaged_archives(tmp_path: Path) -> None:
         byre.open(str(missing))
     with pytest.raises(NotSupported, match="only be read"):
         byre.open(str(missing), read_only=False)
+
+
+def test_an_appliance_that_is_its_own_disk(tmp_path: Path) -> None:
+    path = tmp_path / "vm.ovf"
+    path.write_bytes(descriptor(("d", "vm.ovf", "")))
+    with pytest.raises(NotSupported, match="appliance itself"):
+        byre.open(str(path))
+    body = b"x" * 512
+    for _ in range(300):
+        archive = pack(tmp_path / "vm.ova", ("vm.ovf", descriptor(("d", "x", ""))), ("x", body))
+        body = archive.read_bytes().rstrip(b"\0") + bytes(512)
+    with pytest.raises(NotSupported, match="appliance itself"):
+        byre.open(str(archive))
+
+
+def test_info_of_a_descriptor_opens_no_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vm.ovf"
+    path.write_bytes(descriptor(("d", "missing", "qcow2")))
+    assert main(["info", "--untrusted", "--output=json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["virtual-size"] == 16 << 20
+    path.write_bytes(descriptor(("d", "missing", "qcow2")).replace(b'"16"', b'"99999999999999999999"'))
+    assert main(["info", str(path)]) == 0

@@ -6,7 +6,8 @@ archive whose first member is the descriptor. Not supported: files in chunks, an
 
 from __future__ import annotations
 
-from ..errors import ImageError, NotFound, NotSupported
+from ..catalog import driver
+from ..errors import ImageError, NotFound, NotSupported, printable
 from ..io.extent import DATA, Extent
 from ..options import Option, OptionSet
 from ..typing import TYPE_CHECKING, Final, NamedTuple
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..graph.node import Node
     from ..graph.opening import OpenFlags, OpenRequest
 
-__all__ = ["OPTIONS", "Disk", "PackageNode", "decode_descriptor", "open_package"]
+__all__ = ["OPTIONS", "Disk", "PackageNode", "decode_descriptor", "open_image_in", "open_package"]
 
 OPTIONS: Final = OptionSet(Option("disk", "str", "Id or file name of the disk that is shown"))
 
@@ -32,7 +33,7 @@ class Disk(NamedTuple):
     """One disk of the descriptor.
 
     :ivar file: the name it has in the package, "" for a disk that is empty
-    :ivar capacity: bytes, 0 if the descriptor does not say
+    :ivar capacity: bytes, 0 if the descriptor does not say, or says more than a disk can have
     :ivar format: a driver, "" where the descriptor names none that byre knows
     """
 
@@ -92,24 +93,46 @@ def _capacity(about: dict[str, str]) -> int:
     factor = _UNITS.get(word.rstrip("s"), 1)
     if power.startswith("2^") and power[2:].isdigit() and int(power[2:]) <= 62:
         factor *= 1 << int(power[2:])
-    return int(text) * factor
+    value = int(text) * factor
+    return 0 if value >> 63 else value
 
 
 def open_package(request: OpenRequest, descriptor: Callable[[Node], bytearray],
-                 open_disk: Callable[[PackageNode, Disk], Node]) -> Node:  # fmt: skip
+                 open_disk: Callable[[PackageNode, Disk], Node | None]) -> Node:  # fmt: skip
     """The node of a package and of the disk in it that the options choose.
 
     :param descriptor: reads the OVF descriptor out of the file
-    :param open_disk: opens a disk of the package
+    :param open_disk: opens a disk of the package; ``None`` where it may not be looked at: its size is what the
+        descriptor says then
     :raises ByreError: the descriptor breaks the format, lists no such disk, or the disk cannot be opened
     """
     node = open_read_only(request, lambda file, flags: PackageNode(file, flags, descriptor, request.row.name))
     assert isinstance(node, PackageNode)
     node.disk = disk = _choose(node, request.options.text("disk"))
     below = open_disk(node, disk)
+    if below is None:
+        node.set_size(disk.capacity)
+        return node
     node.sources = (request.opener.graph.attach(node, "disk", below, "data"),)
     node.set_size(below.size)
     return node
+
+
+def open_image_in(request: OpenRequest, node: PackageNode, disk: Disk, file: Node) -> Node:
+    """The disk whose image lies in ``file``; its format is looked for if the descriptor does not say it.
+
+    :raises NotSupported: it is an appliance itself, perhaps this one
+    """
+    if disk.format:
+        row = driver(disk.format)
+    else:
+        row = request.opener.probe(file)
+        request.opener.graph.warnings.append(
+            f"{printable(node.filename)}: the format of disk {disk.id!r} is not known; probing it"
+        )
+    if row.name in ("ova", "ovf"):
+        raise NotSupported(f"the file {disk.file!r} of disk {disk.id!r} is an appliance itself", where=node.filename)
+    return request.opener.open({"driver": row.name, "file": file.name}, node.open_flags)
 
 
 def _choose(node: PackageNode, wanted: str | None) -> Disk:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from ..typing import TYPE_CHECKING, Final
-from .appliance import OPTIONS, open_package
+from .appliance import OPTIONS, open_image_in, open_package
 from .opening import read_exactly
 from .xmltree import MAX_XML
 
@@ -35,12 +35,15 @@ def open_node(request: OpenRequest) -> Node:
     :raises NotSupported: it is to be written
     """
 
-    def open_disk(node: PackageNode, disk: Disk) -> Node:
+    def open_disk(node: PackageNode, disk: Disk) -> Node | None:
         path = os.path.join(os.path.dirname(node.filename), disk.file)
         plain = None if ":" in disk.file.partition("/")[0] else path
+        if node.open_flags.no_io:
+            return None
         request.opener.policy.check(disk.file, plain, "disk", node.filename)
         given = {"driver": "file", "filename": path}
-        return request.opener.open(given, node.open_flags, driver_name=disk.format, implicit=True)
+        file = request.opener.open(given, node.open_flags.for_file(), protocol=True, implicit=True)
+        return open_image_in(request, node, disk, file)
 
     return open_package(
         request, lambda file: read_exactly(file, 0, min(file.size, MAX_XML + 1), "descriptor"), open_disk

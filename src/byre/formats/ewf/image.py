@@ -30,7 +30,7 @@ MAX_HEADER: Final = 1 << 20
 MAX_TEXTS: Final = 16
 """Texts about the case that are looked at; writers put two or three."""
 _TABLES_KEPT: Final = 16
-"""Tables whose entries are in memory, at most 64 MiB; usual are 16,375 of four bytes each, 65,536 with newer writers."""
+"""Tables whose entries are in memory, at most 64 MiB; usual are 16,375 of four bytes, 65,536 with newer writers."""
 MAX_ENTRIES: Final = 1 << 20
 _ROWS: Final = 1024
 
