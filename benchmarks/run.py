@@ -27,6 +27,7 @@ SCRIPTS = {
     "formats_vhd": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "formats_vmdk": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
+    "nbd": ([], ["--pairs", "1"]),
     "nbd_client": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
 }
 
