@@ -6,15 +6,20 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import byre
 from byre.errors import Busy, ByreError, InvalidArgument, IOFailure, NotSupported, ReadOnly
+from byre.formats.abilities import Checkable
 from byre.graph.creating import create
 from byre.graph.graph import Graph
+from byre.graph.live import replace_node
+from byre.graph.opening import Opener, OpenFlags, Policy
 from byre.image import CACHE_MODES, Image
+from byre.jobs.control import Control
 
 SIZE = 1 << 20
 
@@ -243,6 +248,98 @@ def test_pausing_and_resuming_while_threads_work(path: str) -> None:
 
 
 # -- life -------------------------------------------------------------------------------------------
+
+
+def held_back(image: Image, action: Callable[[], object], change: Callable[[], None]) -> list[object]:
+    """What ``action`` came to, on a thread that was held at the gate while ``change`` was made."""
+    outcome: list[object] = []
+
+    def work() -> None:
+        try:
+            outcome.append(action())
+        except ByreError as error:
+            outcome.append(error)
+
+    image.pause()
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.05)
+    change()
+    image.resume()
+    thread.join()
+    return outcome
+
+
+REQUESTS: dict[str, Callable[[Image], object]] = {
+    "read": lambda image: image.read(SIZE - 512, 512),
+    "readv": lambda image: image.readv_into(SIZE - 512, [memoryview(bytearray(512))]),
+    "write": lambda image: image.write(SIZE - 512, b"x" * 512),
+    "writev": lambda image: image.writev(SIZE - 512, [memoryview(bytes(512))]),
+    "zeroes": lambda image: image.write_zeroes(SIZE - 512, 512),
+    "discard": lambda image: image.discard(SIZE - 512, 512),
+    "map": lambda image: image.extents(SIZE - 512, 512),
+}
+
+
+@pytest.mark.parametrize("kind", list(REQUESTS))
+def test_bounds_are_those_of_the_moment_when_a_held_back_request_goes_on(path: str, kind: str) -> None:
+    with open_as(path) as image:
+        outcome = held_back(image, lambda: REQUESTS[kind](image), lambda: image.node.resize(SIZE // 2))
+        assert isinstance(outcome[0], InvalidArgument), outcome
+        assert str(outcome[0]).endswith(f"the image ends at {SIZE // 2:#x}")
+        outcome = held_back(image, lambda: REQUESTS[kind](image), lambda: image.node.resize(SIZE))
+        assert not isinstance(outcome[0], ByreError), outcome
+
+
+def test_a_held_back_flush_is_one_of_the_node_there_is_then(tmp_path: Path) -> None:
+    graph, flushed = Graph(), []
+    for name in ("a", "b"):
+        create(str(tmp_path / name), "raw", SIZE)
+    with byre.open(str(tmp_path / "a"), format="raw", read_only=False, graph=graph) as image:
+        other = Opener(graph, Policy()).open_chain(str(tmp_path / "b"), OpenFlags(read_only=False), driver_name="raw")
+        other.flush = lambda: flushed.append("b")  # type: ignore[method-assign]
+        held_back(image, image.flush, lambda: replace_node(graph, image.node, other))
+        assert flushed == ["b"]
+
+
+def test_shrinking_waits_for_those_who_write_behind_the_new_end(path: str) -> None:
+    with open_as(path) as image, Image(image.node, image.graph, read_only=False) as other:
+        stop = threading.Event()
+        refused: list[ByreError] = []
+
+        def work() -> None:
+            chance = random.Random(5)
+            while not stop.is_set():
+                try:
+                    other.write(SIZE - 512 * chance.randrange(1, 2000), b"y" * 512)
+                except InvalidArgument as error:
+                    refused.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            image.resize(65536, shrink=True)
+            assert image.read(0, 512) == bytes(512)
+            image.resize(SIZE)
+            time.sleep(0.005)
+        image.resize(65536, shrink=True)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        image.resize(SIZE)
+        assert image.read(65536, SIZE - 65536) == bytes(SIZE - 65536)
+        assert refused
+        if isinstance(image.node, Checkable):
+            image.flush()
+            assert image.node.check(Control()).corruptions == 0
+
+
+def test_lengths_that_no_image_has(path: str) -> None:
+    with open_as(path) as image:
+        for length in (-1, 1 << 62):
+            with pytest.raises(InvalidArgument, match="cannot read"):
+                image.read(0, length)
 
 
 def test_closing(path: str) -> None:

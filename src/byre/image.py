@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHE_MODES", "Image", "cache_flags", "open"]
 
+_VERBS: Final = ("read", "write", "write", "discard", "flush")
+"""For messages, by the kinds of ``Stats``."""
+
 CACHE_MODES: Final = {
     # name: (direct, no_flush, writethrough)
     "none": (True, False, False),
@@ -209,6 +212,8 @@ class Image:
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
+        if not 0 <= length <= self.size:  # refused before memory is taken for it
+            self._out_of_range("read", offset, length)
         data = bytearray(length)
         self.read_into(offset, data)
         return bytes(data)
@@ -220,9 +225,6 @@ class Image:
         """
         view = buffer if type(buffer) is memoryview else memoryview(buffer).cast("B")
         length = len(view)
-        node = self._root.node
-        if offset < 0 or offset + length > node.size:
-            self._out_of_range("read", offset, length)
         started = perf_counter_ns()
         gate = self._gate
         with gate:
@@ -230,7 +232,10 @@ class Image:
                 self._wait_unpaused()
             self._in_flight += 1
         try:
-            self._root.node.read_into(offset, view)
+            node = self._root.node
+            if offset < 0 or offset + length > node.size:
+                self._out_of_range("read", offset, length)
+            node.read_into(offset, view)
         except BaseException:
             self.stats.failed(Stats.READ)
             self._leave()
@@ -247,9 +252,7 @@ class Image:
 
     def readv_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill several buffers from consecutive bytes."""
-        length = sum(map(len, buffers))
-        self._check("read", offset, length)
-        self._request(Stats.READ, length, lambda: self.node.readv_into(offset, buffers))
+        self._request(Stats.READ, offset, sum(map(len, buffers)), lambda node: node.readv_into(offset, buffers))
 
     def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
         """Write ``data`` at ``offset``; with ``fua`` it is durable on return.
@@ -258,18 +261,14 @@ class Image:
         :raises InvalidArgument: the range is not inside the image
         """
         view = data if type(data) is memoryview else memoryview(data).cast("B")
-        self._check_write(offset, len(view))
         flags = FUA if fua or self.writethrough else 0
-        self._request(Stats.WRITE, len(view), lambda: self.node.write_from(offset, view, flags))
-        self.stats.wrote(offset + len(view))
+        self._change(Stats.WRITE, offset, len(view), lambda node: node.write_from(offset, view, flags))
 
     def writev(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
         """Write several buffers to consecutive bytes in one request."""
-        length = sum(map(len, buffers))
-        self._check_write(offset, length)
         flags = FUA if fua or self.writethrough else 0
-        self._request(Stats.WRITE, length, lambda: self.node.writev_from(offset, buffers, flags))
-        self.stats.wrote(offset + length)
+        length = sum(map(len, buffers))
+        self._change(Stats.WRITE, offset, length, lambda node: node.writev_from(offset, buffers, flags))
 
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = False, fua: bool = False, fallback: bool = True
@@ -279,11 +278,9 @@ class Image:
         :param unmap: the space may be given back
         :param fallback: zeroes may be written as data where there is no quicker way
         """
-        self._check_write(offset, length)
         flags = (FUA if fua or self.writethrough else 0) | (MAY_UNMAP if unmap else 0)
         flags |= 0 if fallback else NO_FALLBACK
-        self._request(Stats.ZEROES, length, lambda: self.node.write_zeroes(offset, length, flags))
-        self.stats.wrote(offset + length)
+        self._change(Stats.ZEROES, offset, length, lambda node: node.write_zeroes(offset, length, flags))
 
     def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write one cluster compressed (the last one may be shorter).
@@ -293,12 +290,13 @@ class Image:
         from .formats.abilities import HasCompression
 
         view = data if type(data) is memoryview else memoryview(data).cast("B")
-        self._check_write(offset, len(view))
-        node = self.node
-        if not isinstance(node, HasCompression):
-            raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
-        self._request(Stats.WRITE, len(view), lambda: node.write_compressed(offset, view))
-        self.stats.wrote(offset + len(view))
+
+        def action(node: Node) -> None:
+            if not isinstance(node, HasCompression):
+                raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
+            node.write_compressed(offset, view)
+
+        self._change(Stats.WRITE, offset, len(view), action)
 
     def write_compressed_clusters(self, offset: int, payloads: list[bytes]) -> None:
         """Store consecutive clusters from ``offset``, compressed by the node's ``compress``, in one request.
@@ -307,24 +305,21 @@ class Image:
         """
         from .formats.abilities import HasCompression
 
-        node = self.node
-        if self.read_only:
-            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
-        if not isinstance(node, HasCompression):
-            raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
-        length = min(len(payloads) * node.cluster_size, self.size - offset)
-        self._check("write", offset, length)
-        self._request(Stats.WRITE, length, lambda: node.write_compressed_clusters(offset, payloads))
-        self.stats.wrote(offset + length)
+        def action(node: Node) -> None:
+            if not isinstance(node, HasCompression):
+                raise NotSupported(f"driver {node.driver!r} has no compressed clusters", where=node.filename)
+            node.write_compressed_clusters(offset, payloads)
+
+        length = min(len(payloads) * getattr(self.node, "cluster_size", 0), self.size - offset)
+        self._change(Stats.WRITE, offset, length, action)
 
     def discard(self, offset: int, length: int) -> None:
         """The range is no longer needed. Reads as zeroes or as before, as the format can."""
-        self._check_write(offset, length)
-        self._request(Stats.DISCARD, length, lambda: self.node.discard(offset, length))
+        self._change(Stats.DISCARD, offset, length, lambda node: node.discard(offset, length))
 
     def flush(self) -> None:
         """What was written before the call is durable when it returns."""
-        self._request(Stats.FLUSH, 0, self.node.flush)
+        self._request(Stats.FLUSH, 0, 0, lambda node: node.flush())
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the virtual size, bytes; new space reads as zeroes.
@@ -346,7 +341,14 @@ class Image:
         before = self._root.used
         self.graph.set_image_permissions(self._root, before | PERM_RESIZE, self._root.shared)
         try:
-            self._request(Stats.WRITE, 0, lambda: self.node.resize(size, preallocation=preallocation))
+            if size < self.size:
+                from .graph.live import quiesce
+
+                # Nobody may be about to write behind the new end.
+                with quiesce(self.graph, [self.node]):
+                    self.node.resize(size, preallocation=preallocation)
+            else:
+                self.within(lambda: self.node.resize(size, preallocation=preallocation))
         finally:
             self.graph.set_image_permissions(self._root, before, self._root.shared)
 
@@ -395,9 +397,15 @@ class Image:
 
         Meant for windows of up to a few GiB; see :func:`byre.graph.chain.windows` to walk a disk.
         """
-        length = self.size - offset if length is None else length
-        self._check("map", offset, length)
-        return self.within(lambda: chain.extents(self.node, offset, length))
+
+        def look() -> ExtentMap:
+            node = self._root.node
+            count = node.size - offset if length is None else length
+            if offset < 0 or count < 0 or offset + count > node.size:
+                self._out_of_range("map", offset, count)
+            return chain.extents(node, offset, count)
+
+        return self.within(look)
 
     def within(self, action: Callable[[], _T]) -> _T:
         """The result of ``action``, during which the graph below stays as it is; for jobs that look at nodes."""
@@ -480,11 +488,23 @@ class Image:
             if self._paused:
                 self._changed.notify_all()
 
-    def _request(self, kind: int, length: int, action: object) -> None:
+    def _change(self, kind: int, offset: int, length: int, action: Callable[[Node], None]) -> None:
+        if self.read_only:
+            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
+        self._request(kind, offset, length, action)
+        if kind != Stats.DISCARD:
+            self.stats.wrote(offset + length)
+
+    def _request(self, kind: int, offset: int, length: int, action: Callable[[Node], None]) -> None:
+        """``action`` of the node there is once the gate is open: a change of the graph may have exchanged it, and its
+        size may have changed."""
         started = perf_counter_ns()
         self._enter()
         try:
-            action()  # type: ignore[operator]
+            node = self._root.node
+            if offset < 0 or length < 0 or offset + length > node.size:
+                self._out_of_range(_VERBS[kind], offset, length)
+            action(node)
         except BaseException:
             self.stats.failed(kind)
             raise
@@ -492,15 +512,6 @@ class Image:
             self.stats.done(kind, length, started)
         finally:
             self._leave()
-
-    def _check(self, verb: str, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            self._out_of_range(verb, offset, length)
-
-    def _check_write(self, offset: int, length: int) -> None:
-        if self.read_only:
-            raise ReadOnly("cannot write: the image is open read-only", where=self.filename)
-        self._check("write", offset, length)
 
     def _out_of_range(self, verb: str, offset: int, length: int) -> None:
         raise InvalidArgument(f"cannot {verb} {length} bytes at {offset:#x}: the image ends at {self.size:#x}",

@@ -11,9 +11,11 @@ outvoted, ``QUORUM_FAILURE`` when too few agree.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast
 
 from ..errors import Busy, ByreError, InvalidArgument, IOFailure, Mismatch, NotFound
+from ..graph.live import quiesce
 from ..graph.node import PERM_READ, PERM_WRITE, PERM_WRITE_UNCHANGED, Limits, Node
 from ..io.extent import DATA, FUA, MAY_UNMAP, ZERO, Extent
 from ..options import Option, OptionSet
@@ -21,7 +23,7 @@ from ..units import SECTOR
 from .base import RangeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..graph.child import Child
     from ..graph.graph import Graph
@@ -420,18 +422,14 @@ def add_child(graph: Graph, quorum: QuorumNode, node: Node) -> Child:
     """
     if quorum.settings.blkverify:
         raise InvalidArgument("cannot add a child to a quorum in blkverify mode", where=quorum.filename)
-    claim = quorum._ranges.enter(*_EVERYTHING, True)
-    try:
+    with _held_back(graph, quorum):
         if node.size != quorum.size:
             raise InvalidArgument(f"node {node.name!r} has {node.size} bytes, the quorum {quorum.size}",
                                   where=quorum.filename)  # fmt: skip
-        with graph.lock:
-            last = max(int(edge.name.partition(".")[2]) for edge in quorum.members)
-            child = graph.attach(quorum, f"children.{last + 1}", node, "data")
-            quorum.members_changed()
+        last = max(int(edge.name.partition(".")[2]) for edge in quorum.members)
+        child = graph.attach(quorum, f"children.{last + 1}", node, "data")
+        quorum.members_changed()
         return child
-    finally:
-        quorum._ranges.leave(claim)
 
 
 def remove_child(graph: Graph, quorum: QuorumNode, name: str) -> None:
@@ -440,18 +438,25 @@ def remove_child(graph: Graph, quorum: QuorumNode, name: str) -> None:
     :raises NotFound: there is none
     :raises Busy: fewer than the threshold would be left
     """
-    claim = quorum._ranges.enter(*_EVERYTHING, True)
-    try:
-        with graph.lock:
-            child = next((edge for edge in quorum.members if name in (edge.name, edge.node.name)), None)
-            if child is None:
-                raise NotFound(f"quorum node {quorum.name!r} has no child {name!r}")
-            if len(quorum.members) <= quorum.settings.threshold:
-                least = quorum.settings.threshold
-                raise Busy(f"the number of children cannot be lower than the vote threshold {least}",
-                           where=quorum.filename)  # fmt: skip
-            graph.detach(child)
-            quorum.members_changed()
-    finally:
-        quorum._ranges.leave(claim)
+    with _held_back(graph, quorum):
+        child = next((edge for edge in quorum.members if name in (edge.name, edge.node.name)), None)
+        if child is None:
+            raise NotFound(f"quorum node {quorum.name!r} has no child {name!r}")
+        if len(quorum.members) <= quorum.settings.threshold:
+            least = quorum.settings.threshold
+            raise Busy(f"the number of children cannot be lower than the vote threshold {least}",
+                       where=quorum.filename)  # fmt: skip
+        graph.detach(child)
+        quorum.members_changed()
     graph.release(child.node)
+
+
+@contextmanager
+def _held_back(graph: Graph, quorum: QuorumNode) -> Iterator[None]:
+    """No request is under way, neither through an Image nor from a node above; the graph lock is held."""
+    with quiesce(graph, [quorum]):
+        claim = quorum._ranges.enter(*_EVERYTHING, True)
+        try:
+            yield
+        finally:
+            quorum._ranges.leave(claim)
