@@ -119,6 +119,7 @@ def test_payload_as_it_is_stored() -> None:
         (forge(b"\1" * 100, kind=4), "does not end|past the end"),
         (forge(struct.pack(">3I", 50, 0, 0), kind=4), "past the end of the data"),
     ],
+    ids=range(8),
 )
 def test_images_that_lie(data: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
