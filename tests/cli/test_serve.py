@@ -21,7 +21,7 @@ from byre.graph.creating import create
 from byre.nbd import wire
 from conftest import Run
 from support.certificates import issue, make_authority
-from support.nbd_talk import Talk, wait_until
+from support.nbd_talk import Talk, listens, wait_until
 
 SIZE = 1 << 20
 BYRE = [sys.executable, "-m", "byre"]
@@ -55,7 +55,7 @@ def serving(sock: Path, *arguments: object, program: list[str] | None = None) ->
     sock.unlink(missing_ok=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: sock.exists() or process.poll() is not None, 20)
+            wait_until(lambda: listens(sock) or process.poll() is not None, 20)
             if process.poll() is not None:
                 raise AssertionError(f"it ended with {process.returncode}: {process.communicate()}")
             yield process

@@ -22,7 +22,7 @@ from byre.graph.creating import create
 from byre.nbd import wire
 from byre.protocols.memory import MemoryNode
 from conftest import Run, peer_program
-from support.nbd_talk import Served, Talk, image_of, in_thread, serving
+from support.nbd_talk import Served, Talk, image_of, in_thread, listens, serving, wait_until
 
 SIZE = 4 << 20
 CONTENT = random.Random(4).randbytes(SIZE)
@@ -246,8 +246,7 @@ class TestPeers:
         for context in ("base:allocation", "qemu:allocation-depth"):
             with subprocess.Popen(command) as process:
                 try:
-                    while not peer.exists():
-                        assert process.poll() is None
+                    wait_until(lambda: listens(peer) or process.poll() is not None)
                     theirs = json.loads(run("nbdinfo", f"--map={context}", "--json", f"nbd+unix:///?socket={peer}"))
                 finally:
                     process.terminate()
@@ -352,8 +351,7 @@ def test_flushed_data_survives_a_kill(tmp_path: Path, format: str) -> None:
     command = [sys.executable, "-m", "byre", "serve", "-t", "-f", format, "-k", str(sock), str(path)]
     with subprocess.Popen(command) as process:
         try:
-            while not sock.exists():
-                assert process.poll() is None
+            wait_until(lambda: listens(sock) or process.poll() is not None, 20)
             with Talk(sock) as talk:
                 talk.start()
                 for offset in range(0, SIZE // 2, 50_000):

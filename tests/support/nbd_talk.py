@@ -240,6 +240,12 @@ def in_thread(action: object, *arguments: object) -> threading.Thread:
     return thread
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens there, without connecting: some servers serve one connection only."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in lines)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -12,20 +12,21 @@ request, 30 s for a request that was begun.
 from __future__ import annotations
 
 from time import monotonic, perf_counter_ns
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError, ProtocolError
 from . import checks, wire
+from .answers import Answers, Task
 from .direct import DIRECT_LIMIT, DirectReads
 from .memory import Arena
-from .reads import PIECE, SMALL_READ, ReadAnswers
+from .reads import PIECE, SMALL_READ
 from .replies import replies_for
 from .wire import Request
 from .workers import Flight, Workers
 
 if TYPE_CHECKING:
     from .disk import Disk
-    from .link import Buffer, Link
+    from .link import Link
     from .memory import Share
     from .server_negotiation import Agreement
 
@@ -41,8 +42,6 @@ SEND_AT: Final = 64 << 10
 """So many bytes of answers are sent although more could be added: the client works on them meanwhile."""
 SPARE_SIZE: Final = 4 << 20
 """The largest payload whose buffer is kept for the next one."""
-MAX_EXTENTS: Final = 1 << 17
-"""In one answer to block status; about a MiB."""
 
 MAX_REQUESTS: Final = 16
 """Requests under way for one client, apart from the one that is just being received."""
@@ -50,17 +49,6 @@ WORKERS: Final = 4
 
 _DONE, _OTHER, _AGAIN = range(3)
 """What to do with the requests that are left of a batch: wait for the rest, look closely at the next, go on."""
-
-
-class _Task(NamedTuple):
-    """One request that is not answered yet, and what came with it.
-
-    :ivar held: bytes of the client's share that the payload occupies
-    """
-
-    request: Request
-    payload: memoryview | None = None
-    held: int = 0
 
 
 class Transmission:
@@ -79,10 +67,10 @@ class Transmission:
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
         self._flight = Flight(MAX_REQUESTS)
-        self._workers: Workers[_Task, Arena] = Workers(
+        self._workers: Workers[Task, Arena] = Workers(
             self._carry_out_apart, lambda: Arena(PIECE), self._flight, name, WORKERS
         )
-        self._reads = ReadAnswers(link, disk, self._replies, share)
+        self._answers = Answers(link, disk, self._replies, share, agreement.contexts, self._size)
         self._direct = self._make_direct(name)
         self._input = Arena(IN_SIZE)
         self._output = Arena(OUT_SIZE)
@@ -131,7 +119,7 @@ class Transmission:
 
     def stop(self) -> None:
         """Begin no more requests; another thread calls this. Those that nobody has begun are dropped."""
-        self.stopping = True
+        self.stopping = self._answers.stopping = True
         for task in self._workers.drop():
             self._share.give_back(task.held)
         if self._direct is not None:
@@ -343,7 +331,7 @@ class Transmission:
             self._link.send((self._owed, out[:filled]) if self._owed else (out[:filled],))
             self._owed = b""
         if failed is not None:
-            self._fail(*failed)
+            self._answers.fail(*failed)
         return at, state
 
     def _take_other(self, at: int, end: int) -> int:
@@ -355,7 +343,7 @@ class Transmission:
         request = wire.decode_request(self._input.view[at : at + head], replies.extended)
         payload_length = checks.payload_length(request, replies.extended)
         if request.length > wire.MAX_PAYLOAD and (payload_length or request.command == wire.CMD_READ):
-            self._fail(
+            self._answers.fail(
                 request, ByreError(f"a request of {request.length} bytes, allowed are {wire.MAX_PAYLOAD}", errno=22)
             )
             raise ProtocolError(f"a request of {request.length} bytes")
@@ -384,32 +372,32 @@ class Transmission:
             checks.check(request, size=self._size, writable=self._disk.writable, structured=replies.structured,
                            extended=replies.extended, contexts=len(self._contexts))  # fmt: skip
         except ByreError as error:
-            self._fail(request, error)
+            self._answers.fail(request, error)
             return False
         if self._is_here(request, alone):
-            self._carry_out_here(_Task(request, payload))
+            self._carry_out_here(Task(request, payload))
             return False
         if self._direct is not None and self._is_direct(request) and self._direct.take(request):
             return False
         self._send_direct()
         self._wait_direct(PAYLOAD_SECONDS, MAX_REQUESTS - WORKERS)
         if held:
-            self._workers.submit(_Task(request, payload, held))
+            self._workers.submit(Task(request, payload, held))
             return True
         if payload is None:
-            self._workers.submit(_Task(request))
+            self._workers.submit(Task(request))
         elif self._share.try_take(len(payload)):
-            self._workers.submit(_Task(request, memoryview(bytes(payload)), len(payload)))
+            self._workers.submit(Task(request, memoryview(bytes(payload)), len(payload)))
         else:
-            self._carry_out_here(_Task(request, payload))  # memory is short, and this takes none
+            self._carry_out_here(Task(request, payload))  # memory is short, and this takes none
         return False
 
-    def _carry_out_here(self, task: _Task) -> None:
+    def _carry_out_here(self, task: Task) -> None:
         """In the receiving thread."""
         self._send_direct()
         if task.request.command != wire.CMD_READ:
             self._send_owed()
-        self._owed = self._carry_out(task, self._output.view, self._owed)
+        self._owed = self._answers.carry_out(task, self._output.view, self._owed)
 
     def _is_here(self, request: Request, alone: bool) -> bool:
         """Whether the receiving thread carries a request out itself."""
@@ -441,17 +429,17 @@ class Transmission:
 
     def _read_apart(self, request: Request) -> None:
         """A read that could not be done directly after all."""
-        owed = self._carry_out(_Task(request), Arena(PIECE).view)
+        owed = self._answers.carry_out(Task(request), Arena(PIECE).view)
         if owed:
             self._link.send((owed,))
 
     # -- one request ------------------------------------------------------------------------------
 
-    def _carry_out_apart(self, task: _Task, scratch: Arena) -> None:
+    def _carry_out_apart(self, task: Task, scratch: Arena) -> None:
         """In a worker's thread."""
         try:
             if not self.stopping:
-                owed = self._carry_out(task, scratch.view)
+                owed = self._answers.carry_out(task, scratch.view)
                 if owed:
                     self._link.send((owed,))
         except OSError:
@@ -459,71 +447,3 @@ class Transmission:
         finally:
             if task.held:
                 self._share.give_back(task.held)
-
-    def _carry_out(self, task: _Task, scratch: memoryview, owed: bytes = b"") -> bytes:
-        """Carry out a request and send its answer.
-
-        :param scratch: memory to read into, at least ``PIECE`` bytes
-        :param owed: to be sent before
-        :returns: the end of the answer, still to be sent
-        :raises OSError: the connection broke
-        """
-        request = task.request
-        try:
-            if request.command == wire.CMD_READ:
-                return self._reads.answer(request, scratch, owed)
-            if request.command == wire.CMD_BLOCK_STATUS:
-                answer: list[Buffer] = self._block_status(request, task.payload)
-            else:
-                self._change(request, task.payload, scratch)
-                answer = [self._replies.done(request.cookie, request.offset)]
-        except OSError:
-            raise
-        except Exception as error:
-            self._fail(request, checks.as_failure(error))
-            return b""
-        self._link.send(answer)
-        return b""
-
-    def _change(self, request: Request, payload: memoryview | None, scratch: memoryview) -> None:
-        """Requests that have no answer but success."""
-        command, _flags, _cookie, offset, length = (
-            request.command,
-            request.flags,
-            request.cookie,
-            request.offset,
-            request.length,
-        )
-        fua = bool(request.flags & wire.CMD_FLAG_FUA)
-        disk = self._disk
-        if command == wire.CMD_WRITE:
-            disk.write(offset, payload if payload is not None else memoryview(b""), fua)
-        elif command == wire.CMD_FLUSH:
-            disk.flush()
-        elif command == wire.CMD_TRIM:
-            disk.trim(offset, length, fua)
-        elif command == wire.CMD_WRITE_ZEROES:
-            disk.write_zeroes(offset, length, may_unmap=not request.flags & wire.CMD_FLAG_NO_HOLE, fua=fua,
-                              fast=bool(request.flags & wire.CMD_FLAG_FAST_ZERO))  # fmt: skip
-        elif command == wire.CMD_CACHE:
-            for at in range(offset, offset + length, PIECE):
-                if self.stopping:
-                    break
-                disk.read_into(at, scratch[: min(PIECE, offset + length - at)])
-
-    def _fail(self, request: Request, error: ByreError) -> None:
-        number = wire.to_wire_error(error.errno)
-        self._link.send((self._replies.error(request.cookie, request.offset, number, error.message),))
-
-    def _block_status(self, request: Request, payload: memoryview | None) -> list[Buffer]:
-        length, contexts = request.length, self._contexts
-        if request.flags & wire.CMD_FLAG_PAYLOAD_LEN:
-            length, contexts = checks.chosen_contexts(bytes(payload or b""), contexts)
-            checks.check_range(request.command, request.offset, length, self._size)
-        limit = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else MAX_EXTENTS
-        answer: list[Buffer] = []
-        for number, (identifier, name) in enumerate(contexts, 1):
-            extents = self._disk.status(name, request.offset, length, limit)
-            answer.append(self._replies.block_status(request.cookie, request.offset, identifier, extents,
-                                                     last=number == len(contexts)))  # fmt: skip
-        return answer

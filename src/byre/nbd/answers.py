@@ -1,0 +1,118 @@
+"""Carrying out one request and answering it, in whichever thread. Reads are :mod:`.reads`'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import ByreError
+from . import checks, wire
+from .reads import PIECE, ReadAnswers
+
+if TYPE_CHECKING:
+    from .disk import Disk
+    from .link import Buffer, Link
+    from .memory import Share
+    from .replies import Replies
+    from .wire import Request
+
+__all__ = ["Answers", "Task"]
+
+MAX_EXTENTS: Final = 1 << 17
+"""In one answer to block status, over all its contexts; about a MiB."""
+MAX_CACHE: Final = 256 << 20
+"""Bytes that one request to cache brings into memory; it is a hint, and no more is done about it."""
+
+
+class Task(NamedTuple):
+    """One request that is not answered yet, and what came with it.
+
+    :ivar held: bytes of the client's share that the payload occupies
+    """
+
+    request: Request
+    payload: memoryview | None = None
+    held: int = 0
+
+
+class Answers:
+    """Answers the requests of one connection. Any number of threads.
+
+    :param contexts: the metadata contexts that were negotiated
+    :param size: what the client was told
+    :ivar stopping: what takes long is broken off
+    """
+
+    def __init__(
+        self, link: Link, disk: Disk, replies: Replies, share: Share, contexts: tuple[tuple[int, str], ...], size: int
+    ) -> None:
+        self._link = link
+        self._disk = disk
+        self._replies = replies
+        self._reads = ReadAnswers(link, disk, replies, share)
+        self._contexts = contexts
+        self._size = size
+        self.stopping = False
+
+    def carry_out(self, task: Task, scratch: memoryview, owed: bytes = b"") -> bytes:
+        """Carry out a request and send its answer.
+
+        :param scratch: memory to read into, at least ``PIECE`` bytes
+        :param owed: to be sent before
+        :returns: the end of the answer, still to be sent
+        :raises OSError: the connection broke
+        """
+        request = task.request
+        try:
+            if request.command == wire.CMD_READ:
+                return self._reads.answer(request, scratch, owed)
+            if request.command == wire.CMD_BLOCK_STATUS:
+                answer: list[Buffer] = self._block_status(request, task.payload)
+            else:
+                self._change(request, task.payload, scratch)
+                answer = [self._replies.done(request.cookie, request.offset)]
+        except OSError:
+            raise
+        except Exception as error:
+            self.fail(request, checks.as_failure(error))
+            return b""
+        self._link.send(answer)
+        return b""
+
+    def fail(self, request: Request, error: ByreError) -> None:
+        """Answer that a request was not carried out."""
+        number = wire.to_wire_error(error.errno)
+        self._link.send((self._replies.error(request.cookie, request.offset, number, error.message),))
+
+    def _change(self, request: Request, payload: memoryview | None, scratch: memoryview) -> None:
+        """Requests that have no answer but success."""
+        command, flags, _, offset, length = request
+        fua = bool(flags & wire.CMD_FLAG_FUA)
+        disk = self._disk
+        if command == wire.CMD_WRITE:
+            disk.write(offset, payload if payload is not None else memoryview(b""), fua)
+        elif command == wire.CMD_FLUSH:
+            disk.flush()
+        elif command == wire.CMD_TRIM:
+            disk.trim(offset, length, fua)
+        elif command == wire.CMD_WRITE_ZEROES:
+            unmap, fast = not flags & wire.CMD_FLAG_NO_HOLE, bool(flags & wire.CMD_FLAG_FAST_ZERO)
+            disk.write_zeroes(offset, length, may_unmap=unmap, fua=fua, fast=fast)
+        elif command == wire.CMD_CACHE:
+            end = offset + min(length, MAX_CACHE)
+            for at in range(offset, end, PIECE):
+                if self.stopping:
+                    break
+                disk.read_into(at, scratch[: min(PIECE, end - at)])
+
+    def _block_status(self, request: Request, payload: memoryview | None) -> list[Buffer]:
+        length, contexts = request.length, self._contexts
+        if request.flags & wire.CMD_FLAG_PAYLOAD_LEN:
+            length, contexts = checks.chosen_contexts(bytes(payload or b""), contexts)
+            checks.check_range(request.command, request.offset, length, self._size)
+        limit = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else max(MAX_EXTENTS // len(contexts), 1)
+        answer: list[Buffer] = []
+        for number, (identifier, name) in enumerate(contexts, 1):
+            extents = self._disk.status(name, request.offset, length, limit)
+            last = number == len(contexts)
+            answer.append(self._replies.block_status(request.cookie, request.offset, identifier, extents, last=last))
+        return answer
