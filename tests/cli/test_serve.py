@@ -130,6 +130,30 @@ class TestLife:
         assert not pid_file.exists()
         assert not sock.exists()
 
+    def test_a_warning_is_no_failure_of_fork(self, tmp_path: Path, sock: Path) -> None:
+        base, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
+        base.write_bytes(b"b" * SIZE)
+        create(str(top), "qcow2", SIZE, options={"backing_file": str(base), "backing_fmt": "raw"})
+        subprocess.run(["qemu-img", "rebase", "-u", "-b", str(base), "-F", "", str(top)], capture_output=True)
+        pid_file = tmp_path / "pid"
+        done = run("--fork", "--pid-file", pid_file, "-t", "-k", sock, top)
+        try:
+            assert done.returncode == 0, done.stderr
+        finally:
+            os.kill(int(pid_file.read_text()), signal.SIGTERM)
+
+    def test_a_second_signal_does_not_cut_the_end_short(self, qcow2: Path, sock: Path) -> None:
+        with serving(sock, "-t", qcow2) as process:
+            with Talk(sock) as talk:
+                talk.start()
+                assert talk.write(0, b"last" * 16384) == 0
+                for _ in range(20):
+                    process.send_signal(signal.SIGTERM)
+                    time.sleep(0.005)
+            assert ended(process) == (0, "")
+        with byre.open(qcow2) as image:
+            assert image.read(0, 65536) == b"last" * 16384
+
     def test_a_failure_behind_fork_reaches_the_caller(self, tmp_path: Path, sock: Path) -> None:
         done = run("--fork", "-k", sock, tmp_path / "none")
         assert done.returncode == 1

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from ..errors import Busy, from_oserror, printable
@@ -19,28 +20,33 @@ __all__ = ["PidFile", "in_background", "no_interrupts"]
 def in_background(serve: Callable[[Callable[[], None]], int], *, keep_stderr: bool) -> int:
     """Run ``serve`` in a process of its own; the exit code of the command that started it.
 
-    The command ends when ``serve`` calls what it is given, or fails before; then what it said on stderr was the
-    reason, and the code is 1. Nothing may have started threads before.
+    The command ends when ``serve`` calls what it is given, with 0, or when it fails before. What it said on stderr until
+    then is passed on. Nothing may have started threads before.
 
     :param keep_stderr: the server goes on writing to the terminal
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+    said_read, said_write = os.pipe2(os.O_CLOEXEC)
+    ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
-        os.close(writer)
-        return _relay(reader, child)
-    os.close(reader)
+        os.close(said_write)
+        os.close(ready_write)
+        return _relay(said_read, ready_read, child)
+    os.close(said_read)
+    os.close(ready_read)
     os.setsid()
     stderr = os.dup(2)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):
         os.dup2(null, fd)
-    os.dup2(writer, 2)
-    os.close(writer)
+    os.dup2(said_write, 2)
+    os.close(said_write)
 
     def ready() -> None:
+        os.write(ready_write, b"1")
+        os.close(ready_write)
         os.dup2(stderr if keep_stderr else null, 2)
         os.close(stderr)
         os.close(null)
@@ -48,19 +54,18 @@ def in_background(serve: Callable[[Callable[[], None]], int], *, keep_stderr: bo
     return serve(ready)
 
 
-def _relay(reader: int, child: int) -> int:
+def _relay(said: int, ready: int, child: int) -> int:
     """Pass on what the server says until clients can connect, or it is gone."""
-    said = False
     try:
-        while data := os.read(reader, 4096):
-            said = True
+        while data := os.read(said, 4096):
             os.write(2, data)
+        if os.read(ready, 1):
+            return 0
     finally:
-        os.close(reader)
-    if said:
-        return 1
-    gone, status = os.waitpid(child, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if gone else 0
+        os.close(said)
+        os.close(ready)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) or 1
 
 
 class PidFile:
@@ -107,6 +112,9 @@ class PidFile:
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
     """Signals that would end the process are ignored: it is ending, and must come to write everything back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not come here
+        return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:

@@ -6,10 +6,11 @@ background is :mod:`.background`'s; ``-L`` is :mod:`.serve_list`, kernel devices
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Final
 
-from ..errors import ByreError, InvalidArgument
+from ..errors import InvalidArgument
 from ..image import CACHE_MODES
 from ..nbd import wire
 from . import common
@@ -199,14 +200,19 @@ def _serve(given: common.Given, ready: Callable[[], None]) -> int:
     :param ready: called when clients can connect
     """
     from . import serve_image, serve_sockets
+    from .background import PidFile, no_interrupts
 
     server = serve_sockets.make_server(given)  # before the image is touched: a port that is taken ends it here
-    try:
-        with serve_image.open_export(given, server_limit(given)) as export:
+    with contextlib.ExitStack() as opened:
+        try:
+            export = opened.enter_context(serve_image.open_export(given, server_limit(given)))
             server.add(export)
-            return _serve_export(given, server, export, ready)
-    finally:
-        server.stop()
+            with PidFile(given.last("pid-file")):
+                return _serve_export(given, server, export, ready)
+        finally:
+            with no_interrupts():  # what clients wrote is to be durable, however impatient somebody is
+                server.stop()
+                opened.close()
 
 
 def server_limit(given: common.Given) -> int:
@@ -215,40 +221,19 @@ def server_limit(given: common.Given) -> int:
 
 
 def _serve_export(given: common.Given, server: Server, export: NbdExport, ready: Callable[[], None]) -> int:
-    from .background import PidFile
-
-    code = 0
-    with PidFile(given.last("pid-file"), keep=common.as_peer()):
-        try:
-            server.start()
-            if given.has("connect"):
-                from .nbd_device import Device
-
-                with Device(given.last("connect"), server, export, verbose=given.has("verbose")) as device:
-                    ready()
-                    code = device.wait()
-            else:
-                ready()
-                if given.has("persistent"):
-                    server.wait()
-                else:
-                    server.wait_until_unused()
-        except KeyboardInterrupt:
-            pass  # SIGTERM as well: how a server ends
-        from .background import no_interrupts
-
-        with no_interrupts():
-            server.stop()
-            export.close()
-            _flush(export)
-    return code
-
-
-def _flush(export: NbdExport) -> None:
-    """:raises ByreError: what clients wrote cannot be made durable"""
     try:
-        if export.writable:
-            export.image.flush()
-    except ByreError as error:
-        error.where = error.where or export.image.filename
-        raise
+        server.start()
+        if given.has("connect"):
+            from .nbd_device import Device
+
+            with Device(given.last("connect"), server, export, verbose=given.has("verbose")) as device:
+                ready()
+                return device.wait()
+        ready()
+        if given.has("persistent"):
+            server.wait()
+        else:
+            server.wait_until_unused()
+    except KeyboardInterrupt:
+        pass  # SIGTERM as well: how a server ends
+    return 0
