@@ -20,8 +20,8 @@ __all__ = ["PidFile", "in_background", "no_interrupts"]
 def in_background(serve: Callable[[Callable[[], None]], int], *, keep_stderr: bool) -> int:
     """Run ``serve`` in a process of its own; the exit code of the command that started it.
 
-    The command ends when ``serve`` calls what it is given, with 0, or when it fails before. What it said on stderr until
-    then is passed on. Nothing may have started threads before.
+    The command ends when ``serve`` calls what it is given, with 0, or when it fails before. What it said on stderr
+    until then is passed on. Nothing may have started threads before.
 
     :param keep_stderr: the server goes on writing to the terminal
     """
