@@ -133,6 +133,8 @@ class Node:
     takes_events = False
     #: Dirty bitmaps that writes to this node mark; ``None`` where there is none.
     tracker: Tracker | None = None
+    #: Requests wait for another process: several at once get on, one behind the other do not.
+    remote = False
     layered = False  # a FormatNode, whose reads go layer by layer through io/engine.py
     #: Small writes end in memory as a rule: who must not wait for a disk may make them itself.
     buffered = False

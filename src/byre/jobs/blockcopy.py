@@ -39,6 +39,9 @@ _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
 
 
+_REMOTE_THREADS: Final = 6
+
+
 class Segment(NamedTuple):
     """``length`` bytes of the disk from ``offset`` to be copied (COPY) or to read as zeroes afterwards (ZERO)."""
 
@@ -78,9 +81,17 @@ class CopySettings(NamedTuple):
 
 
 def fitted(settings: CopySettings, target: Node) -> CopySettings:
-    """``settings`` as ``target`` needs them: some disks take nothing but compressed clusters, each once, in order."""
+    """``settings`` as ``target`` needs them: some disks take nothing but compressed clusters, each once, in order.
+
+    A plain disk elsewhere has no layout that the order of the writes would decide, and every one of them is waited for.
+    """
     if getattr(target, "needs_compressed_writes", False):
         return settings._replace(compress=True, in_order=True)
+    below = target
+    while below.driver == "raw":
+        below = below.children["file"].node
+    if below.remote:
+        return settings._replace(in_order=False, threads=settings.threads or _REMOTE_THREADS)
     return settings
 
 

@@ -53,6 +53,7 @@ class NbdNode(Node):
 
     kind = "protocol"
     driver = "nbd"
+    remote = True
 
     def __init__(self, client: Client, flags: OpenFlags, runtime: OptionValues, *, name: str = "",
                  filename: str = "") -> None:  # fmt: skip
