@@ -64,7 +64,7 @@ def test_the_library_example(tmp_path: Path) -> None:
 LIBRARY_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
 PREPARATION = """
 import byre
-for name in ("disk.qcow2", "base.qcow2", "a.qcow2"):
+for name in ("disk.qcow2", "base.qcow2", "a.qcow2", "a0.qcow2", "b0.qcow2"):
     byre.create(name, "qcow2", 64 << 20)
 byre.create("overlay.qcow2", "qcow2", options={"backing_file": "base.qcow2", "backing_fmt": "qcow2"})
 byre.create("disk.raw", "raw", 2 << 30)
