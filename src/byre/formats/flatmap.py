@@ -73,7 +73,8 @@ class FlatMap:
 
     :ivar entries: in host byte order, one per block
     :ivar hole: the kind of extent that a block which was never written is
-    :ivar in_place_zero: zeroes go into blocks that are there; otherwise such blocks are let go
+    :ivar in_place_zero: zeroes go into blocks that are there; otherwise such blocks are let go, whoever asks, as the
+        peers do it with formats that have no mark for zeroes
     :ivar before_table: called between the flush of the data and the first write of the table
     :ivar what: what messages call an entry ("block map entry", "BAT entry")
     """
@@ -230,7 +231,7 @@ class FlatMap:
                 return 0
             self.entries[first : first + count] = array("I", [self.code.zero]) * count
             self.mark(first, count)
-        elif self.in_place_zero or self.backed or keep:
+        elif self.in_place_zero or self.backed:
             self.file.write_zeroes(row.host, row.length, 0 if keep else MAY_UNMAP)
         else:
             self.entries[first : first + count] = array("I", [self.code.absent]) * count
