@@ -149,6 +149,18 @@ def test_kinds_and_freed_clusters() -> None:
         assert checked(image)[:3] == (0, 0, 0)
 
 
+@pytest.mark.parametrize("unmap", [False, True])
+def test_zeroes_let_whole_clusters_go(unmap: bool) -> None:
+    memory = small()
+    with open_image(memory, "parallels") as image:
+        image.write(0, b"x" * 4 * CLUSTER)
+        image.flush()
+        image.write_zeroes(CLUSTER, 2 * CLUSTER + 100, unmap=unmap)
+        rows = [(row.offset, row.length, row.kind) for row in image.extents(0, 4 * CLUSTER)]
+        assert rows == [(0, CLUSTER, DATA), (CLUSTER, 2 * CLUSTER, UNALLOCATED), (3 * CLUSTER, CLUSTER, DATA)]
+        assert image.read(CLUSTER, 3 * CLUSTER) == bytes(2 * CLUSTER + 100) + b"x" * (CLUSTER - 100)
+
+
 def test_holes_are_found_again_when_opened() -> None:
     memory = small()
     with open_image(memory, "parallels") as image:
