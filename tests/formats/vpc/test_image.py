@@ -16,7 +16,7 @@ from byre.formats.vpc.image import VpcNode
 from byre.graph.creating import create
 from byre.graph.opening import Policy
 from byre.image import Image
-from byre.io.extent import DATA, UNALLOCATED
+from byre.io.extent import DATA, ZERO
 from byre.jobs.job import Control
 from byre.protocols.memory import MemoryNode
 from support.forged_vhd import MIB, Vhd, footer
@@ -27,6 +27,13 @@ ALL = (True,) * 4096
 
 def opened(data: bytes, **more: Any) -> Image:
     return open_image(MemoryNode(data), "vpc", **{"read_only": True, **more})
+
+
+def test_what_is_not_there_is_the_disks_own_zeroes_unless_there_is_a_parent() -> None:
+    with opened(Vhd(size=6 * MIB, blocks={1: (b"x" * 2 * MIB, ALL)}).build()) as image:
+        node: Any = image.node
+        assert [extent.kind for extent in node.extents(0, 6 * MIB)] == [ZERO, DATA, ZERO]
+        assert node.lookup(0, 6 * MIB)[0].kind == ZERO
 
 
 # -- geometry and size --------------------------------------------------------------------------------
@@ -90,7 +97,7 @@ def test_sectors_that_are_not_there_read_as_zeroes_and_stay_so_when_the_block_is
         assert image.read(2 * MIB, 2 * MIB) == expected
         assert image.read(4 * MIB, 2 * MIB) == junk
         node: Any = image.node
-        assert {extent.kind for extent in node.extents(2 * MIB, 2 * MIB)} == {DATA, UNALLOCATED}
+        assert {extent.kind for extent in node.extents(2 * MIB, 2 * MIB)} == {DATA, ZERO}
         for _ in range(50):
             offset, length = chooser.randrange(2 * MIB - 9000), chooser.randrange(9000)
             assert image.read(2 * MIB + offset, length) == expected[offset : offset + length]

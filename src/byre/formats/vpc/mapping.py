@@ -10,7 +10,7 @@ import sys
 from array import array
 
 from ...errors import Corrupt, NoSpace
-from ...io.extent import DATA, MAY_UNMAP, UNALLOCATED, Extent
+from ...io.extent import DATA, MAY_UNMAP, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...typing import TYPE_CHECKING, Final, Protocol
 from ...units import SECTOR, align_up
@@ -100,6 +100,7 @@ class DynamicMapping:
     :ivar end_moved: the file has grown, and has no footer at its end yet
     :ivar released: blocks that the table in memory does not name any more, by the offset of their bitmap
     :ivar free: blocks that nothing names
+    :ivar hole: the kind of extent that sectors are which are not there: UNALLOCATED only over a parent
     """
 
     def __init__(self, file: Node, size: int, block_size: int, table_offset: int, table: array[int], end: int,
@@ -119,6 +120,7 @@ class DynamicMapping:
         self._end_settled = False
         self.released: list[int] = []
         self.free: list[int] = []
+        self.hole = KIND_ZERO
         #: Per block, whether all its sectors are there; 0 where nobody has looked.
         self.known = bytearray(len(table))
 
@@ -169,12 +171,12 @@ class DynamicMapping:
             size = min(self.block_size - skip, end - offset)
             host = self.host(block)
             if host < 0:
-                row = Extent(offset, size, UNALLOCATED)
+                row = Extent(offset, size, self.hole)
             elif self.is_whole(block, host):
                 row = Extent(offset, size, DATA, host + self.bitmap_size + skip)
             else:
                 row = self._partial(host, offset, skip, size)
-            if rows and row.kind == rows[-1].kind and row.kind == UNALLOCATED:
+            if rows and row.kind == rows[-1].kind and row.kind == self.hole:
                 rows[-1] = rows[-1]._replace(length=rows[-1].length + row.length)
             else:
                 rows.append(row)
@@ -195,7 +197,7 @@ class DynamicMapping:
         size = min((first + run) * SECTOR, skip + length) - skip
         if here:
             return Extent(offset, size, DATA, host + self.bitmap_size + skip)
-        return Extent(offset, size, UNALLOCATED)
+        return Extent(offset, size, self.hole)
 
     def lookup_all(self, offset: int, length: int) -> ExtentMap:
         from .mapping_bulk import extents
@@ -237,7 +239,7 @@ class DynamicMapping:
         end = start + self.used(block)
         while offset < end:
             row = self._partial(host, offset, offset - start, end - offset)
-            if row.kind == UNALLOCATED:
+            if row.kind != DATA:
                 self.file.write_zeroes(host + self.bitmap_size + offset - start, row.length)
             offset = row.end
         self.file.flush()

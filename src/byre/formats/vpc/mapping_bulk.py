@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...io.extent import DATA, NO_HOST, UNALLOCATED
+from ...io.extent import DATA, NO_HOST
 from ...io.extentmap import ExtentMap
 from ...units import SECTOR
 from .layout import NONE
@@ -49,7 +49,7 @@ def extents(mapping: DynamicMapping, offset: int, length: int) -> ExtentMap:
     partial = [row for row in np.flatnonzero(there).tolist() if not mapping.is_whole(first + row, int(host[row]))]
     start = np.arange(first, last + 1, dtype=np.int64) << mapping.block_bits
     rows = ExtentMap(start, np.full(len(host), mapping.block_size, np.int64),
-                     np.where(there, DATA, UNALLOCATED).astype(np.uint8),
+                     np.where(there, DATA, mapping.hole).astype(np.uint8),
                      np.where(there, host + mapping.bitmap_size, NO_HOST))  # fmt: skip
     parts: list[ExtentMap] = []
     done = 0
@@ -72,5 +72,5 @@ def _partial(mapping: DynamicMapping, block: int, host: int) -> ExtentMap:
     length = np.diff(np.append(first, len(bits))) * SECTOR
     here = bits[first] == 1
     begin = first * SECTOR
-    return ExtentMap(begin + (block << mapping.block_bits), length, np.where(here, DATA, UNALLOCATED).astype(np.uint8),
+    return ExtentMap(begin + (block << mapping.block_bits), length, np.where(here, DATA, mapping.hole).astype(np.uint8),
                      np.where(here, begin + host + mapping.bitmap_size, NO_HOST))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...errors import ImageError
 from ...graph.chain import skip_filters
+from ...io.extent import UNALLOCATED
 from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR, align_up
 from . import layout
@@ -129,8 +130,11 @@ def _mapping(
     table_end = max(min(header.table_offset + header.max_entries * 4, file.size), header.table_offset + count * 4)
     reserved = ((0, layout.FOOTER_SIZE), (footer.data_offset, footer.data_offset + layout.HEADER_SIZE),
                 (header.table_offset, table_end))  # fmt: skip
-    return DynamicMapping(file, size, header.block_size, header.table_offset, decode_table(data), _end(file), reserved,
-                          file.filename)  # fmt: skip
+    mapping = DynamicMapping(file, size, header.block_size, header.table_offset, decode_table(data), _end(file),
+                             reserved, file.filename)  # fmt: skip
+    if footer.disk_type == layout.DIFFERENCING:
+        mapping.hole = UNALLOCATED
+    return mapping
 
 
 def _end(file: Node) -> int:
