@@ -111,3 +111,20 @@ def test_new_space_is_written_or_reserved(tmp_path: Path, mode: str, written: bo
             for extent in table:
                 assert os.lseek(file.fileno(), extent.host, os.SEEK_DATA) == extent.host
                 assert os.lseek(file.fileno(), extent.host, os.SEEK_HOLE) >= extent.host + extent.length
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_a_cluster_that_holds_nothing_yet_becomes_new_space_as_a_whole(tmp_path: Path, mode: str) -> None:
+    """Its part before the old end would otherwise be a hole, to be filled by a write that was to need no space."""
+    size = 6 * CLUSTER + 1024
+    path = make(tmp_path, size, cluster_size=CLUSTER)
+    with byre.open(path, read_only=False) as image:
+        image.resize(9 * CLUSTER, preallocation=mode)
+        assert [(row.offset, row.length) for row in image.node.extents(0, 9 * CLUSTER)] == [
+            (0, 6 * CLUSTER), (6 * CLUSTER, 3 * CLUSTER)]  # fmt: skip
+        assert image.read(0, 9 * CLUSTER) == bytes(9 * CLUSTER)
+    if mode != "metadata":
+        before = os.stat(path).st_blocks
+        with byre.open(path, read_only=False) as image:
+            image.write(6 * CLUSTER, b"x" * 3 * CLUSTER)
+        assert os.stat(path).st_blocks <= before + 8  # a file system may need a block for its own map

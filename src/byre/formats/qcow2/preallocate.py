@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...io import engine
 from ...io.buffers import zero_view
-from ...io.extent import MAY_UNMAP
+from ...io.extent import COMPRESSED, DATA, MAY_UNMAP
 from ...typing import TYPE_CHECKING, Final
-from ...units import align_up
+from ...units import align_down, align_up
 
 if TYPE_CHECKING:
     from ..base import Placement
@@ -22,9 +22,11 @@ def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
 
     :param mode: "metadata" (map it only), "falloc" (reserve the blocks) or "full" (write zeroes)
     """
-    offset = min(align_up(start, node.cluster_size), end)
-    # The first cluster may hold what lies before ``start``: writing to it keeps that.
-    engine._zero_as_data(node, start, offset, 0)
+    offset = align_down(start, node.cluster_size)
+    if _occupied(node, offset, start):
+        # The first cluster may hold what lies before ``start``: writing to it keeps that.
+        offset = min(align_up(start, node.cluster_size), end)
+        engine._zero_as_data(node, start, offset, 0)
     host_end = 0
     while offset < end:
         with node.lock:
@@ -45,6 +47,15 @@ def preallocate(node: Qcow2Node, start: int, end: int, mode: str) -> None:
     if host_end > data.size:
         data.resize(host_end, preallocation="falloc" if mode == "falloc" else "off")
     node.flush()
+
+
+def _occupied(node: Qcow2Node, start: int, end: int) -> bool:
+    """Whether part of a cluster, ``[start, end)``, has space of its own or reads as anything but zeroes."""
+    if start >= end:
+        return False
+    with node.lock:
+        mapped = any(extent.kind in (DATA, COMPRESSED) for extent in node.lookup(start, end - start))
+    return mapped or not engine.reads_zero(node, start, end - start)
 
 
 def _fill(node: Qcow2Node, placement: Placement, mode: str) -> None:
