@@ -305,3 +305,17 @@ def test_a_denser_level(here: Path) -> None:
         assert main(["convert", "-c", "--level", level, "-f", "raw", "-O", "qcow2", "a", level]) == 0
     assert (here / "9").stat().st_size < (here / "1").stat().st_size
     assert read("9", "qcow2") == read("1", "qcow2")
+
+
+def test_only_create_says_twice_that_a_backing_file_cannot_be_opened(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second line belongs to the peer's ``create``; its ``convert`` has none."""
+    (here / "a").write_bytes(bytes(K))
+    assert (
+        main(["convert", "-f", "raw", "-O", "qcow2", "-o", "backing_file=none,backing_fmt=raw", "a", "b"], "qemu-img")
+        == 1
+    )
+    assert "Could not open backing image" not in capsys.readouterr().err
+    assert main(["create", "-q", "-f", "qcow2", "-b", "none", "-F", "raw", "b"], "qemu-img") == 1
+    assert "Could not open backing image" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def _create(filename: str, format_name: str, size: int | None, options: dict[str
     policy = common.policy(given)
     # The user named the backing file himself; what that one names is up to the policy.
     create(filename, format_name, size, options=accepted, check_backing=not given.has("unsafe"), policy=policy,
-           announce=announce, secrets=given.secrets())  # fmt: skip
+           announce=announce, secrets=given.secrets(), remark="Could not open backing image.")  # fmt: skip
 
 
 def split_options(declared: OptionSet, options: dict[str, str]) -> tuple[dict[str, object], InvalidArgument | None]:

@@ -62,6 +62,7 @@ def create(
     policy: Policy | None = None,
     announce: Callable[[OptionValues], None] | None = None,
     secrets: SecretProvider | None = None,
+    remark: str = "",
 ) -> OptionValues:
     """Create an image.
 
@@ -70,6 +71,7 @@ def create(
     :param check_backing: open the backing file to see that it is there and how long it is
     :param announce: called with the settled options before anything is written
     :param secrets: keys by the ids that options such as ``key-secret`` name: a mapping, or a function of the id
+    :param remark: a note that an error gets if the backing file cannot be opened
     :returns: the options as settled, for printing
     :raises ByreError: a failed creation removes what it made itself
     """
@@ -87,7 +89,7 @@ def create(
     values = declared.parse(given, what=f"format {format!r}")
     if values.text("backing_file") == "" if "backing_file" in declared else False:
         values.given.pop("backing_file", None)
-    _settle_backing(filename, values, check_backing, policy or Policy(allow_references=True))
+    _settle_backing(filename, values, check_backing, policy or Policy(allow_references=True), remark)
     if "size" not in values.given:
         raise InvalidArgument("no size: give one, or a backing file to take it from", where=filename)
     if announce is not None:
@@ -116,7 +118,7 @@ def companions(format: str, filename: str, options: Mapping[str, object]) -> lis
     return names
 
 
-def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Policy) -> None:
+def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Policy, remark: str) -> None:
     """Open the backing file, unless told not to; take its size if none was given."""
     backing = values.given.get("backing_file")
     format_name = values.given.get("backing_fmt")
@@ -133,7 +135,8 @@ def _settle_backing(filename: str, values: OptionValues, check: bool, policy: Po
         _check_backing_format(filename, values)
         node = opener.open_chain(spec, OpenFlags(no_io=True), driver_name=str(format_name or ""))
     except ByreError as error:
-        error.add_note("Could not open backing image.")
+        if remark:
+            error.add_note(remark)
         raise
     try:
         if not isinstance(format_name, str) and check:
