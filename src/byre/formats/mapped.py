@@ -6,15 +6,13 @@ The map says where bytes lie (:mod:`.flatmap`, :mod:`.twolevel`); the format add
 from __future__ import annotations
 
 from ..errors import ReadOnly
-from ..graph.node import PERM_ALL, PERM_READ
 from ..io.extent import ZERO
-from ..typing import TYPE_CHECKING, Protocol, cast
-from .base import FormatNode
+from ..typing import TYPE_CHECKING, Protocol
+from .stored import StoredFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from ..graph.child import Child
     from ..graph.node import Node
     from ..graph.opening import OpenFlags, OpenRequest
     from ..io.extent import Extent
@@ -49,7 +47,7 @@ class DiskMap(Protocol):
     def release(self, host: int, count: int) -> None: ...
 
 
-class MappedNode(FormatNode):
+class MappedNode(StoredFormat):
     """An open image with one map. Guarded by ``lock``: the map and the header.
 
     :ivar file: where everything lies
@@ -63,14 +61,7 @@ class MappedNode(FormatNode):
     marks_every_write = False
 
     def __init__(self, request: OpenRequest, file: Node, flags: OpenFlags) -> None:
-        super().__init__(name=request.name, filename=file.filename, read_only=flags.read_only)
-        self.file = file
-        self.runtime = request.options
-        self.open_flags = flags
-        self.force_share = flags.force_share
-        self.detect_zeroes = flags.detect_zeroes
-        self.pass_discard = flags.unmap
-        self.report = file.debug_event if file.takes_events else None
+        super().__init__(file, request.options, flags, name=request.name)
         self._writing = False
 
     def attach(self, request: OpenRequest) -> None:
@@ -144,14 +135,6 @@ class MappedNode(FormatNode):
                 self.file.discard(host, count * self.cluster_size)
             self.inflight.when_clear(lambda host=host, count=count: self.map.release(host, count))  # type: ignore[misc]
 
-    def guarded(self, action: Callable[[], None]) -> None:
-        """A metadata change that fails half way takes the node out of service."""
-        try:
-            action()
-        except BaseException as error:
-            self.fail_stop(error)
-            raise
-
     # -- reopening, closing, permissions ----------------------------------------------------------
 
     def check_writable(self, what: str) -> None:
@@ -175,16 +158,3 @@ class MappedNode(FormatNode):
         if not self.read_only:
             self.close_cleanly()
         return flags, options
-
-    def reopen_commit(self, token: object) -> None:
-        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
-        with self.lock:
-            self.open_flags, self.runtime = flags, options
-            self.read_only = flags.read_only
-            self.detect_zeroes = flags.detect_zeroes
-            self.pass_discard = flags.unmap
-
-    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
-        if self.force_share:
-            return used & PERM_READ, PERM_ALL
-        return super().child_permissions(child, used, shared)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from ...errors import NotSupported, ReadOnly
 from ...graph.child import Child
-from ...graph.node import PERM_ALL, PERM_READ
-from ...typing import TYPE_CHECKING, Final, cast
+from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
-from ..base import FormatNode
+from ..stored import StoredFormat
 from .journal import Journal
 from .log import PAGE
 from .mapping import Mapping
@@ -34,7 +33,7 @@ _DIRTY_PAGES: Final = 4096
 """Changed pages of the block table that may wait for the next flush: 16 MiB."""
 
 
-class VhdxNode(FormatNode):
+class VhdxNode(StoredFormat):
     """An open VHDX image. Guarded by ``lock``: mapping, journal, size.
 
     :ivar view: the file with its log replayed; where the image is only read, in memory
@@ -49,16 +48,9 @@ class VhdxNode(FormatNode):
     journal: Journal
 
     def __init__(self, file: Node, options: OptionValues, flags: OpenFlags, *, name: str = "") -> None:
-        super().__init__(name=name, filename=file.filename, read_only=flags.read_only)
-        self.file = file
+        super().__init__(file, options, flags, name=name)
         self.view = file
-        self.runtime = options
-        self.open_flags = flags
-        self.force_share = flags.force_share
-        self.detect_zeroes = flags.detect_zeroes
-        self.pass_discard = flags.unmap
         self.zero_unit = SECTOR
-        self.report = file.debug_event if file.takes_events else None
         self.regions: tuple[Region, ...] = ()
         self.replayed = False
 
@@ -145,11 +137,11 @@ class VhdxNode(FormatNode):
         self.guarded(self.write_back)
 
     def guarded(self, action: Callable[[], None]) -> None:
-        """A metadata change that fails half way takes the node out of service."""
+        """A metadata change that fails half way takes the node out of service; one that is refused does not."""
         try:
             action()
         except NotSupported:
-            raise  # nothing was written
+            raise
         except BaseException as error:
             self.fail_stop(error)
             raise
@@ -206,12 +198,8 @@ class VhdxNode(FormatNode):
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
-        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
+        super().reopen_commit(token)
         with self.lock:
-            self.open_flags, self.runtime = flags, options
-            self.read_only = flags.read_only
-            self.detect_zeroes = flags.detect_zeroes
-            self.pass_discard = flags.unmap
             self.journal.begun = False
 
     def reopen_finish(self) -> None:
@@ -220,11 +208,6 @@ class VhdxNode(FormatNode):
 
             with self.lock:
                 self.guarded(lambda: reload(self))
-
-    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
-        if self.force_share:
-            return used & PERM_READ, PERM_ALL
-        return super().child_permissions(child, used, shared)
 
 
 def check_writable(parameters: Parameters, where: str) -> None:

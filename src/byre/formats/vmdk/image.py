@@ -14,7 +14,8 @@ from ...io.extent import FUA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
 from ...typing import TYPE_CHECKING, Final, cast
 from ...units import SECTOR
-from ..base import FormatNode, Placement
+from ..base import Placement
+from ..stored import StoredFormat
 from .allocation import Allocator, aligned
 from .extents import DiskExtent, PlainExtent, SparseExtent, find_extent
 from .layout import ZERO_GRAIN
@@ -38,7 +39,7 @@ _PLAIN_UNIT: Final = 65536
 _GRAINS_AT_ONCE: Final = 64
 
 
-class VmdkNode(FormatNode):
+class VmdkNode(StoredFormat):
     """An open disk of any kind.
 
     Guarded by ``lock``: extents, content ID.
@@ -57,16 +58,10 @@ class VmdkNode(FormatNode):
 
     def __init__(self, file: Node, descriptor: Descriptor | None, create_type: str, options: OptionValues,
                  flags: OpenFlags, *, descriptor_at: int = 0, name: str = "") -> None:  # fmt: skip
-        super().__init__(name=name, filename=file.filename, read_only=flags.read_only)
-        self.file = file
+        super().__init__(file, options, flags, name=name)
         self.descriptor = descriptor
         self.descriptor_at = descriptor_at
         self.create_type = create_type
-        self.runtime = options
-        self.open_flags = flags
-        self.force_share = flags.force_share
-        self.detect_zeroes = flags.detect_zeroes
-        self.pass_discard = flags.unmap
         self.extents_of_disk: list[DiskExtent] = []
         self.headers: dict[int, SparseHeader] = {}
         self.refusal = ""
@@ -197,7 +192,7 @@ class VmdkNode(FormatNode):
     def begin_change(self) -> None:
         """Another content ID is on disk before anything else: who relies on the old content must notice."""
         if not self._writing:
-            self._guarded(self._start_writing)
+            self.guarded(self._start_writing)
 
     def _start_writing(self) -> None:
         from .writing import start
@@ -207,14 +202,6 @@ class VmdkNode(FormatNode):
         only = self._only
         plain = isinstance(only, SparseExtent) and only.source == 0 and not only.compressed and self.report is None
         self._in_place = only if plain else None  # type: ignore[assignment]
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """A metadata change that fails half way takes the node out of service."""
-        try:
-            action()
-        except BaseException as error:
-            self.fail_stop(error)
-            raise
 
     def in_place(self, offset: int, length: int) -> int:
         extent = self._in_place
@@ -253,7 +240,7 @@ class VmdkNode(FormatNode):
                 assert allocator is not None
                 allocator.publish(placement)
 
-        self._guarded(link)
+        self.guarded(link)
 
     def cancel(self, placements: Sequence[Placement]) -> None:
         for placement in placements:
@@ -307,7 +294,7 @@ class VmdkNode(FormatNode):
             nonlocal done
             done = allocator.unmap(offset, length, entry)
 
-        self._guarded(change)
+        self.guarded(change)
         return done
 
     # -- streams ----------------------------------------------------------------------------------
@@ -389,7 +376,7 @@ class VmdkNode(FormatNode):
     def publish_compressed(self, offset: int, hosts: Sequence[int], lengths: Sequence[int]) -> None:
         allocator = self.allocator(self.extents_of_disk[0])
         assert allocator is not None
-        self._guarded(lambda: allocator.link_all(offset, hosts))
+        self.guarded(lambda: allocator.link_all(offset, hosts))
 
     def cancel_compressed(self, hosts: Sequence[int], lengths: Sequence[int]) -> None:
         pass  # the space stays unused: a stream has no holes to fill
@@ -399,7 +386,7 @@ class VmdkNode(FormatNode):
     def write_back(self) -> None:
         from .writing import write_back
 
-        self._guarded(lambda: write_back(self))
+        self.guarded(lambda: write_back(self))
 
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
         raise NotSupported("a VMDK disk cannot change its size", where=self.filename)
@@ -423,12 +410,8 @@ class VmdkNode(FormatNode):
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
-        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
+        super().reopen_commit(token)
         with self.lock:
-            self.open_flags, self.runtime = flags, options
-            self.read_only = flags.read_only
-            self.detect_zeroes = flags.detect_zeroes
-            self.pass_discard = flags.unmap
             self._writing = False
             self._in_place = None
 
@@ -436,7 +419,7 @@ class VmdkNode(FormatNode):
         """Everything is on disk, and the extents say that they were closed; lock held."""
         from .writing import settle
 
-        self._guarded(lambda: settle(self))
+        self.guarded(lambda: settle(self))
         self._writing = False
         self._in_place = None
 

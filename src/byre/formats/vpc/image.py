@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from ...errors import NotSupported, ReadOnly
-from ...graph.node import PERM_ALL, PERM_READ
-from ...typing import TYPE_CHECKING, cast
+from ...typing import TYPE_CHECKING
 from ...units import SECTOR
-from ..base import FormatNode
+from ..stored import StoredFormat
 from . import layout
 from .mapping import DynamicMapping, FixedMapping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from ...graph.child import Child
     from ...graph.node import Node
     from ...graph.opening import OpenFlags
     from ...io.extent import Extent
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["VpcNode"]
 
 
-class VpcNode(FormatNode):
+class VpcNode(StoredFormat):
     """An open VHD image. Guarded by ``lock``: mapping, footer, header, size.
 
     :ivar footer: as it is in the file, at its end; for other than fixed disks also at its beginning
@@ -39,20 +37,13 @@ class VpcNode(FormatNode):
     def __init__(self, file: Node, footer: layout.Footer, header: layout.DynamicHeader | None,
                  mapping: FixedMapping | DynamicMapping, options: OptionValues, flags: OpenFlags, *,
                  name: str = "") -> None:  # fmt: skip
-        super().__init__(name=name, filename=file.filename, read_only=flags.read_only)
-        self.file = file
+        super().__init__(file, options, flags, name=name)
         self.footer = footer
         self.header = header
         self.mapping = mapping
-        self.runtime = options
-        self.open_flags = flags
-        self.force_share = flags.force_share
-        self.detect_zeroes = flags.detect_zeroes
-        self.pass_discard = flags.unmap
         self.shown_cluster_size = header.block_size if header is not None else 0
         self.cluster_size = header.block_size if header is not None else SECTOR
         self.zero_unit = SECTOR
-        self.report = file.debug_event if file.takes_events else None
         self._size = mapping.size
 
     @property
@@ -114,14 +105,6 @@ class VpcNode(FormatNode):
 
         self.inflight.when_clear(give_back)
 
-    def guarded(self, action: Callable[[], None]) -> None:
-        """A metadata change that fails half way takes the node out of service."""
-        try:
-            action()
-        except BaseException as error:
-            self.fail_stop(error)
-            raise
-
     # -- abilities --------------------------------------------------------------------------------
 
     def resize(self, size: int, *, preallocation: str = "off", exact: bool = True) -> None:
@@ -159,19 +142,6 @@ class VpcNode(FormatNode):
             if not self.read_only and self.failure is None:
                 self.guarded(self.write_back)
         return flags, options
-
-    def reopen_commit(self, token: object) -> None:
-        flags, options = cast("tuple[OpenFlags, OptionValues]", token)
-        with self.lock:
-            self.open_flags, self.runtime = flags, options
-            self.read_only = flags.read_only
-            self.detect_zeroes = flags.detect_zeroes
-            self.pass_discard = flags.unmap
-
-    def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
-        if self.force_share:
-            return used & PERM_READ, PERM_ALL
-        return super().child_permissions(child, used, shared)
 
 
 def check_writable(footer: layout.Footer, where: str) -> None:
