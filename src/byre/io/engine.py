@@ -257,9 +257,11 @@ def _place(node: FormatNode, placement: Placement, offset: int, stop: int, view:
 def _report_write(node: FormatNode, placement: Placement, start: int, end: int) -> None:
     assert node.report is not None
     if placement.fresh and (start > placement.offset or end < placement.offset + placement.length):
-        if not placement.blank:
+        if placement.blank:
+            node.report("cluster_alloc_space")
+        else:
             node.report("cow_read")
-        node.report("cow_write")
+            node.report("cow_write")
     node.report("write_aio")
 
 

@@ -170,7 +170,7 @@ def test_a_metadata_failure_takes_the_image_out_of_service(path: Path, event: st
         image.write(3 << 20, b"again")
 
 
-@pytest.mark.parametrize("event", ["write_aio", "cow_write"])
+@pytest.mark.parametrize("event", ["write_aio", "cluster_alloc_space"])
 def test_a_data_failure_leaves_the_image_in_service(path: Path, event: str) -> None:
     image = faulty(path, {"event": event, "errno": 28, "once": True})
     with pytest.raises(ByreError):

@@ -423,3 +423,13 @@ def test_what_does_not_fit_into_a_count_is_said_once(tmp_path: Path) -> None:
         found = check(path, fix)
         assert found.corruptions == 1
         assert [text.partition("\n")[0] for text in found.messages] == ["ERROR: overflow cluster offset=0x50000"]
+
+
+@pytest.mark.parametrize("fix", ["leaks", "all"])
+def test_a_repair_clears_autoclear_bits_nobody_knows(image: Path, fix: str) -> None:
+    """What they vouch for is not looked after from here on."""
+    put(image, 88, 1 << 63 | 1 << 5)
+    check(image)
+    assert header(image).autoclear_features == 1 << 63 | 1 << 5
+    check(image, fix)
+    assert header(image).autoclear_features == 0

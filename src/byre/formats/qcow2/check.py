@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...errors import Cancelled, Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
-from . import repair
+from . import layout, repair
 from .check_compare import Comparison
 from .check_copied import check_copied
 from .check_counts import each_window, with_counters
@@ -74,6 +74,7 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
         _check_flags(found, control, mend=False)
         return found.findings.result()
     try:
+        _forget_unknown(node)
         findings = _mend(node, control, fix)
     except Cancelled:
         node.invalidate()
@@ -84,6 +85,15 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
         raise
     node.invalidate()
     return findings.result()
+
+
+def _forget_unknown(node: Qcow2Node) -> None:
+    """Autoclear bits of extensions that this program does not keep up go before anything changes."""
+    if node.header.version >= 3:
+        from .bitmap_store import set_autoclear
+
+        with node.lock:
+            set_autoclear(node, node.header.autoclear_features & layout.AUTOCLEAR_KNOWN)
 
 
 def repair_dirty(node: Qcow2Node) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ class Lookup:
         return self._runs(words, index, count, offset, length)
 
     def cached_host(self, offset: int, length: int) -> int:
-        """Where a range lies in the data file in one piece, as far as tables in memory say: -1 if not, -2 if nowhere."""
+        """Where a range lies in the data file, in one piece, as tables in memory say: -1 if not, -2 if nowhere."""
         l1_index = offset >> self.span_bits
         skip = offset & (self.cluster_size - 1)
         count = (skip + length - 1 >> self.cluster_bits) + 1

@@ -99,6 +99,8 @@ class Mapping(Lookup):
             return self.l2.get(host)
         assert self.refcounts is not None
         if self._report is not None:
+            if host:
+                self._report("l2_alloc_cow_read")
             self._report("l2_alloc_write")
         old = self.l2.get(host) if host else None
         new_host = self.refcounts.allocate(1, "L2 table")
@@ -330,6 +332,8 @@ class Mapping(Lookup):
     def publish_compressed(self, offset: int, hosts: list[int], lengths: list[int]) -> None:
         """Link compressed clusters from guest ``offset``."""
         step = 2 if self.extended else 1
+        if self._report is not None:
+            self._report("l2_update_compressed")
         for host, length in zip(hosts, lengths, strict=True):
             table = self.table_for_write(offset >> self.span_bits)
             assert table.words is not None

@@ -72,12 +72,13 @@ class Refcounts:
         self.block_entries = 1 << self.block_bits
         self.table_offset = table_offset
         self.table_clusters = table_clusters
+        self._report = file.debug_event if file.takes_events else _no_report
         data = bytearray(table_clusters << cluster_bits)
+        self._report("reftable_load")
         file.read_into(table_offset, memoryview(data))
         self.table = decode_words(data)
         self._table_dirty: set[int] = set()
         self.blocks = TableCache(file, self.cluster_size, _CACHE_BYTES >> cluster_bits, False, relieve)
-        self._report = file.debug_event if file.takes_events else _no_report
         self.blocks.report = file.debug_event if file.takes_events else None
         self.blocks.load_event, self.blocks.update_event = "refblock_load", "refblock_update_part"
         self._publish_table = publish_table
@@ -457,6 +458,8 @@ class Refcounts:
 
     def write_back(self) -> bool:
         """Blocks, then, behind a flush, the table entries that name new ones; whether anything was written."""
+        if self._table_dirty:
+            self._report("refblock_alloc_write")
         wrote = bool(self.blocks.write_dirty())
         if self._table_dirty:
             self._report("refblock_alloc_hookup")

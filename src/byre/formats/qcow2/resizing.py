@@ -118,6 +118,10 @@ def _hide_backing(node: Qcow2Node, start: int, end: int) -> None:
         engine.write_zeroes(node, start, end - start, MAY_UNMAP)
 
 
+def _no_report(_name: str) -> None:
+    """Nobody asked for events."""
+
+
 def grow_l1(node: Qcow2Node, entries: int) -> None:
     """Move to a larger L1 table: written, published in one sector, then the old one is let go; lock held."""
     refcounts, mapping, header = node.refcounts, node.mapping, node.header
@@ -127,11 +131,15 @@ def grow_l1(node: Qcow2Node, entries: int) -> None:
     node.write_back()
     grown = mapping.l1[:]
     grown.extend(array("Q", bytes((count - len(grown)) * 8)))
+    report = node.report or _no_report
+    report("l1_grow_alloc_table")
     offset = refcounts.allocate(clusters)
+    report("l1_grow_write_table")
     padded = encode_words(grown).ljust(clusters << header.cluster_bits, b"\0")
     node.file.write_from(offset, memoryview(padded))
     refcounts.write_back()
     node.file.flush()
+    report("l1_grow_activate_table")
     # Header bytes 36 to 47: the number of entries and the offset.
     node.file.write_from(36, memoryview(count.to_bytes(4, "big") + offset.to_bytes(8, "big")))
     node.file.flush()
@@ -156,8 +164,6 @@ def _shrink(node: Qcow2Node, before: int, size: int) -> None:
         node._guarded(node.write_back)
         node._guarded(node.file.flush)
         _drop_empty_tables(node, align_up(size, node.cluster_size))
-        node._guarded(node.write_back)
-        node._guarded(node.file.flush)
     _zero_tail(node, size, min(before, align_up(size, node.cluster_size)))
     if node.file.size > 0:
         _trim(node)
@@ -185,8 +191,11 @@ def _zero_tail(node: Qcow2Node, size: int, end: int) -> None:
 
 
 def _drop_empty_tables(node: Qcow2Node, end: int) -> None:
-    """L2 tables wholly behind the new end are empty now: let them go; lock held."""
-    mapping = node.mapping
+    """L2 tables wholly behind the new end are empty now: let them go; durable on return, lock held."""
+    mapping, refcounts = node.mapping, node.refcounts
+    assert refcounts is not None
+    report = node.report or _no_report
+    report("l1_shrink_write_table")
     first = -(-end >> mapping.span_bits)
     for index in range(first, len(mapping.l1)):
         entry = mapping.l1[index]
@@ -195,6 +204,11 @@ def _drop_empty_tables(node: Qcow2Node, end: int) -> None:
             mapping.l2.forget(host)
             mapping._set_l1(index, 0)
             node._free(host >> node.header.cluster_bits, 1)
+    freed, refcounts.ready = refcounts.ready, []
+    _settle(node)
+    report("l1_shrink_free_l2_clusters")
+    refcounts.ready = freed + refcounts.ready
+    _settle(node)
 
 
 def _trim(node: Qcow2Node) -> None:
@@ -225,6 +239,8 @@ def make_empty(node: Qcow2Node) -> None:
         raise ReadOnly("cannot empty the image: it is open read-only", where=node.filename)
     end = align_up(node.size, node.cluster_size)
     start = 0
+    if node.report is not None:
+        node.report("empty_image_prepare")
     while start < end:
         with node.lock:
             node.check_failure()
@@ -237,7 +253,6 @@ def make_empty(node: Qcow2Node) -> None:
         _drop_machine_state(node)
         _settle(node)
         _drop_empty_tables(node, 0)
-        _settle(node)
     _trim(node)
 
 
