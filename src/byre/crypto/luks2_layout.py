@@ -156,7 +156,7 @@ def decode_metadata(data: bytes | bytearray | memoryview) -> Metadata:
 def _parse(text: bytes) -> dict[str, object]:
     import json
 
-    depth = deepest = 0
+    depth = 0
     inside = escaped = False
     for byte in text:
         if inside:
@@ -170,11 +170,10 @@ def _parse(text: bytes) -> dict[str, object]:
             inside = True
         elif byte in b"{[":
             depth += 1
-            deepest = max(deepest, depth)
+            if depth > MAX_DEPTH:
+                raise ImageError(f"the LUKS2 metadata is nested more than {MAX_DEPTH} deep")
         elif byte in b"}]":
             depth -= 1
-    if deepest > MAX_DEPTH:
-        raise ImageError(f"the LUKS2 metadata is nested {deepest} deep, allowed are {MAX_DEPTH}")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from ..errors import ImageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["ClusterSet"]
 
 _CHUNK_BITS: Final = 20
+_MAX_CHUNKS: Final = 1024
 
 
 class ClusterSet:
-    """Cluster numbers seen so far. Takes 128 KiB for each million neighbours of which one is used.
+    """Cluster numbers seen so far. Takes 128 KiB for each million neighbours of which one is used, 128 MiB at most.
 
     :ivar count: how many
     :ivar highest: the highest of them, -1 if there is none
@@ -27,7 +30,10 @@ class ClusterSet:
         self.highest = -1
 
     def add(self, clusters: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Add them; those that were there already, or come more than once (as often as they do)."""
+        """Add them; those that were there already, or come more than once (as often as they do).
+
+        :raises ImageError: they are scattered over more of the file than fits into memory
+        """
         if not len(clusters):
             return clusters
         found = np.sort(clusters)
@@ -46,6 +52,8 @@ class ClusterSet:
     def _add_chunk(self, number: int, clusters: NDArray[np.int64]) -> NDArray[np.int64]:
         chunk = self._chunks.get(number)
         if chunk is None:
+            if len(self._chunks) == _MAX_CHUNKS:
+                raise ImageError(f"the clusters in use are scattered over more than {_MAX_CHUNKS} million")
             chunk = self._chunks[number] = np.zeros(1 << (_CHUNK_BITS - 3), np.uint8)
         within = clusters & ((1 << _CHUNK_BITS) - 1)
         # Only the bytes touched are unpacked.

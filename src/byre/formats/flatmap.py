@@ -17,7 +17,7 @@ from .base import Placement
 from .opening import read_exactly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EntryCode", "FlatMap", "decode_entries"]
 
+_WINDOW = 1 << 18
+_AT_ONCE = 4096
+"""Entries that one lookup goes over."""
 _ZEROED_AT_ONCE = 64 << 20
 
 
@@ -129,7 +132,7 @@ class FlatMap:
         )  # fmt: skip
 
     def lookup(self, offset: int, length: int) -> list[Extent]:
-        unit, end = self.unit, offset + length
+        unit, end = self.unit, offset + min(length, _AT_ONCE * self.unit)
         rows: list[Extent] = []
         while offset < end:
             index, within = divmod(offset, unit)
@@ -165,14 +168,18 @@ class FlatMap:
         starts = np.arange(first, last, dtype=np.int64) * unit
         return ExtentMap(starts, np.full(len(starts), unit, np.int64), kind, host).coalesced().clip(offset, length)
 
-    def used(self) -> NDArray[np.int64]:
-        """Host offsets of all blocks that have a place, in the order of the disk."""
+    def windows(self, entries: NDArray[np.uint32] | None = None) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(first index, host offsets from there on): all blocks, 2 MiB of offsets at a time; -1 for those without.
+
+        :param entries: other entries than those of the map
+        """
         import numpy as np
 
-        entries = np.frombuffer(self.entries, np.uint32).astype(np.int64)
-        entries = entries[(entries != self.code.absent) & (entries != self.code.zero)]
-        hosts: NDArray[np.int64] = entries * self.code.scale + self.code.base
-        return hosts
+        table = np.frombuffer(self.entries, np.uint32) if entries is None else entries
+        absent, zero = self.code.absent, self.code.zero
+        for first in range(0, len(table), _WINDOW):
+            part = table[first : first + _WINDOW].astype(np.int64)
+            yield first, np.where((part != absent) & (part != zero), part * self.code.scale + self.code.base, -1)
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -211,6 +218,13 @@ class FlatMap:
     def mark(self, first: int, count: int) -> None:
         """These entries changed."""
         self._dirty.update(range(first * 4 // PAGE, ((first + count) * 4 - 1) // PAGE + 1))
+
+    def drop(self, indexes: NDArray[np.intp]) -> None:
+        """These entries have no block any more; what they had is nobody's."""
+        import numpy as np
+
+        np.frombuffer(self.entries, np.uint32)[indexes] = self.code.absent
+        self._dirty.update(np.unique(indexes * 4 // PAGE).tolist())
 
     def cancel(self, placements: Sequence[Placement]) -> None:
         for placement in placements:

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from bisect import insort
 
+from ..typing import TYPE_CHECKING, Final
 from ..units import align_up
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = ["Space"]
+
+_GAPS: Final = 1 << 14
+"""Runs of free clusters that opening looks for; further ones stay unused until the next time."""
 
 
 class Space:
@@ -67,6 +77,23 @@ class Space:
         if host + count * self.unit == self.end:
             self._free.pop()
             self.end = host
+
+    def use_gaps(self, parts: Iterable[NDArray[np.int64]]) -> None:
+        """What lies between these clusters is free, and so is what follows them.
+
+        :param parts: numbers of clusters from ``base``, ascending; all of them lie before ``end``
+        """
+        import numpy as np
+
+        before = -1
+        for used in parts:
+            edges = np.concatenate((np.array([before], np.int64), used))
+            where = np.flatnonzero(np.diff(edges) > 1)[: _GAPS - len(self._free)]
+            starts, ends = edges[where] + 1, edges[where + 1]
+            hosts = (self.base + starts * self.unit).tolist()
+            self._free += zip(hosts, (ends - starts).tolist(), strict=True)
+            before = int(edges[-1])
+        self.end = self.base + (before + 1) * self.unit
 
     @property
     def free_count(self) -> int:

@@ -61,6 +61,7 @@ MAX_CANDIDATES: Final = 1000
 """Files looked at for a parent, in all folders together."""
 NO_UUID: Final = bytes(16)
 
+_WINDOW: Final = 1 << 18
 _MESSAGES: Final = 100
 """Of each kind, that ``check`` gives."""
 
@@ -280,8 +281,7 @@ class VdiNode(MappedNode):
         space.clean = max(space.clean, self.file.size)
         if len(used) < count and not self.read_only:
             # Left behind by a crash: to be used first, for the map has no other place for them.
-            for index in np.setdiff1d(np.arange(count, dtype=np.uint32), used)[::-1].tolist():
-                space.release(header.data_offset + index * header.block_size, 1)
+            space.use_gaps(used[at : at + _WINDOW].astype(np.int64) for at in range(0, len(used), _WINDOW))
         found.space = space
 
     def _count_blocks(self) -> None:
@@ -361,14 +361,15 @@ def _check(node: VdiNode, fix: str) -> CheckResult:
         header = node.header
         entries = np.frombuffer(node.map.entries, np.uint32)
         messages: list[str] = []
-        where = np.flatnonzero(entries < DISCARDED)
-        large = entries[where] >= header.block_count
-        for index in where[large][:_MESSAGES].tolist():
+        large = (entries < DISCARDED) & (entries >= header.block_count)
+        for index in np.flatnonzero(large)[:_MESSAGES].tolist():
             messages.append(f"ERROR: block index {index} too large, is {entries[index]}")
-        used, counts = np.unique(entries[where[~large]], return_counts=True)
-        for block in used[counts > 1][:_MESSAGES].tolist():
+        used = np.sort(entries[entries < header.block_count])
+        again = np.append(False, used[1:] == used[:-1])[: len(used)]
+        for block in np.unique(used[again])[:_MESSAGES].tolist():
             messages.append(f"ERROR: block {block} is used more than once")
-        corruptions = int(large.sum()) + int((counts - 1).sum())
+        corruptions = int(large.sum()) + int(again.sum())
+        used = used[~again]
         leaks = header.allocated_count - len(used)
         if leaks < 0 and not corruptions:
             messages.append(f"ERROR: allocated blocks mismatch, is {header.allocated_count}, should be {len(used)}")

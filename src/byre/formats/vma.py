@@ -39,8 +39,10 @@ CLUSTER: Final = 65536
 BLOCK: Final = 4096
 MAX_EXTENTS: Final = 1 << 23
 """Extents of an archive; each takes 16 bytes of memory."""
+MAX_INDEXED: Final = 1 << 22
+"""Clusters whose places are kept, 14 bytes each; of a disk with more of them, only which extents to look at."""
 _HEADERS_KEPT: Final = 256
-_ROWS: Final = 64
+_ROWS: Final = 2048
 """Clusters looked up at once."""
 
 
@@ -190,6 +192,33 @@ def decode_extent_header(data: bytes | bytearray | memoryview) -> ExtentHeader:
     return header
 
 
+class _Index(NamedTuple):
+    """Clusters of the disk: their numbers, where their blocks lie, which blocks there are."""
+
+    numbers: array[int]
+    hosts: array[int]
+    masks: array[int]
+
+    def sorted(self) -> _Index:
+        """By number; what came later in the archive stays behind what came before."""
+        from array import array
+
+        import numpy as np
+
+        order = np.argsort(np.frombuffer(self.numbers, np.uint32), kind="stable")
+        return _Index(array("I", np.frombuffer(self.numbers, np.uint32)[order].tobytes()),
+                      array("Q", np.frombuffer(self.hosts, np.uint64)[order].tobytes()),
+                      array("H", np.frombuffer(self.masks, np.uint16)[order].tobytes()))  # fmt: skip
+
+    def between(self, first: int, last: int) -> dict[int, tuple[int, int]]:
+        """(place, mask) of the clusters from ``first`` to ``last`` that there are."""
+        from bisect import bisect_left, bisect_right
+
+        begin, end = bisect_left(self.numbers, first), bisect_right(self.numbers, last)
+        places = zip(self.hosts[begin:end], self.masks[begin:end], strict=True)
+        return dict(zip(self.numbers[begin:end], places, strict=True))
+
+
 # -- the node -------------------------------------------------------------------------------------
 
 
@@ -221,6 +250,7 @@ class VmaNode(ReadOnlyFormat):
         self.cluster_size, self.zero_unit = CLUSTER, BLOCK
         self._size = self.device.size
         self._extents: tuple[array[int], array[int], array[int]] | None = None
+        self._index: _Index | None = None
         self._headers: dict[int, ExtentHeader] = {}
 
     def _choose(self, wanted: str | None) -> Device:
@@ -241,14 +271,22 @@ class VmaNode(ReadOnlyFormat):
         from array import array
 
         offsets, lows, highs = array("Q"), array("I"), array("I")
+        index: _Index | None = _Index(array("I"), array("Q"), array("H"))
         at, size, count = self.header.size, self.file.size, 0
         while at < size:
             header = self._extent(at)
-            mine = [number for device, number, _ in header.clusters if device == self.device.id]
+            mine = self._places(header, at)
             if mine:
                 offsets.append(at)
-                lows.append(min(mine))
-                highs.append(max(mine))
+                lows.append(min(mine)[0])
+                highs.append(max(mine)[0])
+            if index is not None:
+                for number, host, mask in mine:
+                    index.numbers.append(number)
+                    index.hosts.append(host)
+                    index.masks.append(mask)
+                if len(index.numbers) > MAX_INDEXED:
+                    index = None
             at += EXTENT_SIZE + header.block_count * BLOCK
             count += 1
             if count > MAX_EXTENTS:
@@ -256,8 +294,18 @@ class VmaNode(ReadOnlyFormat):
         if at > size:
             raise ImageError(f"the last extent ends at {at:#x}, past the end of the file ({size:#x})",
                              where=self.filename)  # fmt: skip
+        self._index = index.sorted() if index is not None else None
         self._extents = offsets, lows, highs
         return self._extents
+
+    def _places(self, header: ExtentHeader, at: int) -> list[tuple[int, int, int]]:
+        """(number, where its blocks lie, mask) of the clusters of the disk in the extent at ``at``."""
+        host, found = at + EXTENT_SIZE, []
+        for device, number, mask in header.clusters:
+            if device == self.device.id:
+                found.append((number, host, mask))
+            host += mask.bit_count() * BLOCK
+        return found
 
     def _extent(self, at: int) -> ExtentHeader:
         found = self._headers.get(at)
@@ -278,14 +326,14 @@ class VmaNode(ReadOnlyFormat):
         import numpy as np
 
         offsets, lows, highs = self._walk()
+        if self._index is not None:
+            return self._index.between(first, last)
         result: dict[int, tuple[int, int]] = {}
         hits = np.nonzero((np.frombuffer(lows, np.uint32) <= last) & (np.frombuffer(highs, np.uint32) >= first))[0]
         for hit in hits.tolist():
-            host = offsets[hit] + EXTENT_SIZE
-            for device, number, mask in self._extent(offsets[hit]).clusters:
-                if device == self.device.id and first <= number <= last:
+            for number, host, mask in self._places(self._extent(offsets[hit]), offsets[hit]):
+                if first <= number <= last:
                     result[number] = host, mask
-                host += mask.bit_count() * BLOCK
         return result
 
     # -- lookup -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ __all__ = ["MAX_XML", "parse_xml"]
 MAX_XML: Final = 4 << 20
 """Bytes of a document."""
 _MAX_DEPTH: Final = 64
+_MAX_TAGS: Final = 1 << 17
 
 
 def parse_xml(data: bytes | bytearray | memoryview, what: str) -> Element:
@@ -26,6 +27,9 @@ def parse_xml(data: bytes | bytearray | memoryview, what: str) -> Element:
 
     if len(data) > MAX_XML:
         raise ImageError(f"{what} has {len(data)} bytes, allowed are {MAX_XML}")
+    text = bytes(data)
+    if text.count(b"<") > _MAX_TAGS:
+        raise ImageError(f"{what} has more than {_MAX_TAGS} tags")
     builder = TreeBuilder()
     parser = expat.ParserCreate(namespace_separator="}")
     depth = 0
@@ -50,7 +54,7 @@ def parse_xml(data: bytes | bytearray | memoryview, what: str) -> Element:
     parser.StartDoctypeDeclHandler = refuse
     parser.EntityDeclHandler = refuse
     try:
-        parser.Parse(bytes(data), True)
+        parser.Parse(text, True)
     except expat.ExpatError as error:
         raise ImageError(f"{what} is no XML: {error}") from None
     root: Element = builder.close()

@@ -23,12 +23,16 @@ _PIECE: Final = 1 << 20
 
 def finds_damage(node: ParallelsNode) -> bool:
     """Whether an entry points outside the file, or two to the same cluster."""
-    hosts = node.map.used()
-    return bool(_outside(node, hosts).any() or len(np.unique(hosts)) < len(hosts))
+    if any(_outside(node, hosts).any() for _, hosts in node.map.windows()):
+        return True
+    entries = np.sort(np.frombuffer(node.map.entries, np.uint32))
+    return bool(((entries[1:] == entries[:-1]) & (entries[1:] != 0)).any())
 
 
 def _outside(node: ParallelsNode, hosts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    outside: NDArray[np.bool_] = (hosts < node.map.space.base) | (hosts + node.cluster_size > node.file.size)
+    """Of offsets as :meth:`FlatMap.windows` gives them."""
+    least, most = node.map.space.base, node.file.size - node.cluster_size
+    outside: NDArray[np.bool_] = (hosts >= 0) & ((hosts < least) | (hosts > most))
     return outside
 
 
@@ -55,11 +59,14 @@ class _Check:
         self.messages: list[str] = []
 
     def bad(self, text: str) -> None:
-        if self.mend:
-            self.fixed += 1
-        else:
-            self.corruptions += 1
+        self.count(1)
         self.say(self.mend, text)
+
+    def count(self, number: int) -> None:
+        if self.mend:
+            self.fixed += number
+        else:
+            self.corruptions += number
 
     def say(self, mended: bool, text: str) -> None:
         if len(self.messages) < _MESSAGES:
@@ -88,32 +95,28 @@ class _Check:
             node.write_header(node.header._replace(in_use=IN_USE))
             node.settle()
 
-    def _present(self) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """(indexes, host offsets) of the entries that have a cluster."""
-        entries = np.frombuffer(self.node.map.entries, np.uint32)
-        where = np.flatnonzero(entries)
-        return where, entries[where].astype(np.int64) * self.node.header.entry_unit
-
-    def _drop(self, indexes: list[int]) -> None:
-        for index in indexes:
-            self.node.map.entries[index] = 0
-            self.node.map.mark(index, 1)
+    def _all_bad(self, indexes: NDArray[np.intp], text: str) -> None:
+        """As :meth:`bad` for each of many entries."""
+        self.count(len(indexes))
+        for index in indexes[:_MESSAGES].tolist():
+            self.say(self.mend, text.format(index))
 
     def _entries_outside(self) -> None:
-        where, hosts = self._present()
-        outside = _outside(self.node, hosts)
-        lost = where[outside].tolist()
-        for index in lost:
-            self.bad(f"cluster {index} is outside image")
-        if self.mend:
-            self._drop(lost)
-        good = hosts[~outside]
-        base = self.node.map.space.base
-        self.end = int(good.max()) + self.node.cluster_size if len(good) else base
+        node = self.node
+        self.end = node.map.space.base
+        for first, hosts in node.map.windows():
+            outside = _outside(node, hosts)
+            if outside.any():
+                lost = np.flatnonzero(outside) + first
+                self._all_bad(lost, "cluster {} is outside image")
+                if self.mend:
+                    node.map.drop(lost)
+                hosts = hosts[~outside]
+            self.end = max(self.end, int(hosts.max(initial=-1)) + node.cluster_size)
         self.end = max(self.end, self._end_of_extension())
         if self.fix:
             # Nothing behind it may be cut off.
-            self.node.map.space.end = max(self.node.map.space.end, self.end)
+            node.map.space.end = max(node.map.space.end, self.end)
 
     def _end_of_extension(self) -> int:
         """Behind the last cluster of the format extension, 0 without one: it is no leak."""
@@ -127,16 +130,21 @@ class _Check:
         return max(sectors) * SECTOR + self.node.cluster_size
 
     def _duplicates(self) -> None:
-        where, hosts = self._present()
-        inside = ~_outside(self.node, hosts)
-        where, hosts = where[inside], hosts[inside]
-        first = np.unique(hosts, return_index=True)[1]
-        again = np.ones(len(hosts), np.bool_)
-        again[first] = False
-        for index, host in zip(where[again].tolist(), hosts[again].tolist(), strict=True):
-            self.bad(f"duplicate offset in BAT entry {index}")
-            if self.mend:
-                self._part(index, host)
+        again = self._repeats()
+        self._all_bad(again, "duplicate offset in BAT entry {}")
+        if self.mend:
+            for index in again.tolist():
+                self._part(index, self.node.map.code.host(self.node.map.entries[index]))
+
+    def _repeats(self) -> NDArray[np.intp]:
+        """Indexes of the entries whose cluster an earlier one has as well; those outside the file do not count."""
+        entries = np.frombuffer(self.node.map.entries, np.uint32).copy()
+        for first, hosts in self.node.map.windows():
+            entries[first : first + len(hosts)][_outside(self.node, hosts)] = 0
+        order = np.argsort(entries, kind="stable")
+        entries = entries[order]
+        repeated = np.flatnonzero((entries[1:] == entries[:-1]) & (entries[1:] != 0)) + 1
+        return np.sort(order[repeated])
 
     def _part(self, index: int, host: int) -> None:
         """A cluster of its own for an entry that shares one, with the same content."""
@@ -166,13 +174,16 @@ class _Check:
 
     def result(self) -> CheckResult:
         node = self.node
-        _, hosts = self._present()
-        good = ~_outside(node, hosts)
-        # Runs end at an entry that has no cluster as well.
-        entries = np.frombuffer(node.map.entries, np.uint32).astype(np.int64) * node.header.entry_unit
-        follows = (entries[:-1] != 0) & (entries[1:] != 0) & (entries[:-1] + node.cluster_size != entries[1:])
+        allocated = fragmented = 0
+        last = -1
+        for _, hosts in node.map.windows():
+            allocated += int(((hosts >= 0) & ~_outside(node, hosts)).sum())
+            # Runs end at an entry that has no cluster as well.
+            before = np.append(last, hosts[:-1])
+            fragmented += int(((before >= 0) & (hosts >= 0) & (before + node.cluster_size != hosts)).sum())
+            last = int(hosts[-1])
         return CheckResult(
             corruptions=self.corruptions, leaks=self.leaks, corruptions_fixed=self.fixed, leaks_fixed=self.leaks_fixed,
-            image_end_offset=self.end, total_clusters=node.header.entries, allocated_clusters=int(good.sum()),
-            fragmented_clusters=int(follows.sum()), messages=tuple(self.messages),
+            image_end_offset=self.end, total_clusters=node.header.entries, allocated_clusters=allocated,
+            fragmented_clusters=fragmented, messages=tuple(self.messages),
         )  # fmt: skip

@@ -28,6 +28,9 @@ MAX_EXTENSION: Final = 64 << 20
 """Bytes: the extension takes one cluster, and is read at once."""
 MAX_BITS: Final = 256 << 20
 """Bytes of all bitmaps together."""
+MAX_BITMAPS: Final = 4096
+MAX_ENTRIES: Final = MAX_BITS // SECTOR
+"""Of the tables of all bitmaps together."""
 
 _HEADING: Final = struct.Struct("<Q16s")
 _FEATURE: Final = struct.Struct("<QQII")
@@ -67,7 +70,7 @@ def decode_extension(data: bytes | bytearray | memoryview) -> tuple[StoredBitmap
     if hashlib.md5(memoryview(data)[_HEADING.size :], usedforsecurity=False).digest() != checksum:
         raise ImageError("the checksum of the format extension is wrong")
     found: list[StoredBitmap] = []
-    at = _HEADING.size
+    at, entries = _HEADING.size, 0
     while True:
         if at + _FEATURE.size > len(data):
             raise ImageError(f"the format extension has no end: the feature at {at:#x} does not fit into it")
@@ -79,6 +82,10 @@ def decode_extension(data: bytes | bytearray | memoryview) -> tuple[StoredBitmap
             raise ImageError(f"feature {kind:#x} of the format extension has {size} bytes, more than are left")
         if kind == DIRTY_BITMAP:
             found.append(decode_bitmap(memoryview(data)[at : at + size]))
+            entries += len(found[-1].table)
+            if len(found) > MAX_BITMAPS or entries > MAX_ENTRIES:
+                raise ImageError(f"the format extension has {len(found)} dirty bitmaps with tables of {entries} "
+                                 f"entries, allowed are {MAX_BITMAPS} and {MAX_ENTRIES}")  # fmt: skip
         elif flags & NECESSARY:
             raise ImageError(f"the format extension has the unknown feature {kind:#x}, which is necessary",
                              errno=NotSupported.default_errno)  # fmt: skip
@@ -95,6 +102,8 @@ def decode_bitmap(data: bytes | bytearray | memoryview) -> StoredBitmap:
     sectors, identity, granularity, entries = _BITMAP.unpack_from(data)
     if _BITMAP.size + 8 * entries > len(data):
         raise ImageError(f"the table of a dirty bitmap has {entries} entries, more than are there")
+    if entries > MAX_ENTRIES:
+        raise ImageError(f"the table of a dirty bitmap has {entries} entries, allowed are {MAX_ENTRIES}")
     try:
         check_granularity(granularity * SECTOR)
     except InvalidArgument as error:
@@ -121,6 +130,9 @@ def read_extension(node: ParallelsNode) -> tuple[StoredBitmap, ...]:
             if stored.sectors != header.size // SECTOR:
                 raise ImageError(f"dirty bitmap {stored.name} belongs to a disk of {stored.sectors} sectors, this one "
                                  f"has {header.size // SECTOR}")  # fmt: skip
+        bits = sum(-(-header.size // stored.granularity) + 7 >> 3 for stored in found)
+        if bits > MAX_BITS:
+            raise ImageError(f"{len(found)} dirty bitmaps take {bits} bytes, allowed are {MAX_BITS}")
     except ImageError as error:
         error.where = error.where or node.filename
         raise

@@ -23,6 +23,11 @@ from .layout import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ...graph.node import Node
     from ...graph.opening import OpenFlags, OpenRequest
     from ...jobs.job import Control
@@ -85,19 +90,27 @@ class ParallelsNode(MappedNode):
 
         :raises ImageError: it lies beyond the end of the file
         """
-        import numpy as np
-
         self.map.load()
         start, unit = self.map.space.base, self.cluster_size
-        used = self.map.used()
-        used = np.unique(used[(used >= start) & (used < self.file.size)])
-        space = Space(start, unit, int(used[-1]) + unit if len(used) else start)
+        highest, aligned = -1, True
+        for _, hosts in self.map.windows():
+            hosts = hosts[(hosts >= start) & (hosts < self.file.size)]
+            if len(hosts):
+                highest = max(highest, int(hosts.max()))
+                aligned = aligned and not ((hosts - start) % unit).any()
+        space = Space(start, unit, highest + unit if highest >= 0 else start)
         space.clean = max(space.clean, self.file.size)
-        if not self.read_only and len(used) and not ((used - start) % unit).any():
-            gaps = np.setdiff1d(np.arange((space.end - start) // unit), (used - start) // unit)
-            for index in gaps[::-1].tolist():
-                space.release(start + index * unit, 1)
+        if not self.read_only and highest >= 0 and aligned:
+            space.use_gaps(self._used_clusters(start))
         self.map.space = space
+
+    def _used_clusters(self, start: int) -> Iterator[NDArray[np.int64]]:
+        """Numbers of the clusters in use, counted from ``start``, ascending."""
+        import numpy as np
+
+        for _, hosts in self.map.windows(np.sort(np.frombuffer(self.map.entries, np.uint32))):
+            hosts = hosts[(hosts >= start) & (hosts < self.file.size)]
+            yield (hosts - start) // self.cluster_size
 
     # -- in use -----------------------------------------------------------------------------------
 

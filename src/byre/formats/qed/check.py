@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from ...errors import ImageError
 from ...units import align_down
 from ..abilities import CheckResult
 from ..clusterset import ClusterSet
@@ -35,7 +36,11 @@ def check_qed(node: QedNode, control: Control | None, fix: str) -> CheckResult:
         if not node.read_only:
             node.write_back()
         walk = _Walk(node, control, mend=fix == "all")
-        walk.run()
+        try:
+            walk.run()
+        except ImageError as error:
+            error.where = error.where or node.filename
+            raise
         leaks = max(0, walk.end // node.cluster_size - node.header.header_size - walk.used.count)
         fixed = 0
         if fix and not walk.corruptions:
