@@ -166,6 +166,9 @@ class FormatNode(Node):
 
     def publish_compressed(self, offset: int, hosts: Sequence[int], lengths: Sequence[int]) -> None:
         """The compressed clusters from guest ``offset`` are there: link them."""
+    def prepare_compressed(self, offset: int, end: int) -> None:
+        """Compressed clusters are about to be written there: what linking them will need may be allocated first."""
+
         raise NotSupported(f"driver {self.driver!r} has no compressed clusters", where=self.filename)
 
     def cancel_compressed(self, hosts: Sequence[int], lengths: Sequence[int]) -> None:

@@ -288,7 +288,8 @@ def _encrypted(node: FormatNode, host: int, guest: int, parts: Sequence[memoryvi
 def write_compressed(node: FormatNode, offset: int, payloads: Sequence[bytes]) -> None:
     """Store the compressed forms of consecutive clusters from ``offset``, packed one behind the other.
 
-    The node has the hooks ``reserve_compressed``, ``publish_compressed`` and ``cancel_compressed``.
+    The node has the hooks ``prepare_compressed``, ``reserve_compressed``, ``publish_compressed`` and
+    ``cancel_compressed``.
     """
     if node.read_only:
         raise ReadOnly("cannot write: the image is open read-only", where=node.filename)
@@ -300,6 +301,7 @@ def write_compressed(node: FormatNode, offset: int, payloads: Sequence[bytes]) -
         node.check_failure()
         inflight.wait_clear(offset, end)
         node.check_failure()
+        node.prepare_compressed(offset, end)
         hosts = node.reserve_compressed([len(payload) for payload in payloads])
         claim = inflight.claim(offset, end)
         ticket = inflight.take()

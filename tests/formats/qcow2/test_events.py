@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Callable[[Image], None], Callable[[Image], None], list[st
     "a compressed cluster": (
         nothing,
         lambda image: image.write_compressed(0, b"z" * CLUSTER),
-        ["cluster_alloc_bytes", "write_compressed", "l2_update_compressed", "l2_update"],
+        ["l2_alloc_write", "cluster_alloc_bytes", "write_compressed", "l2_update_compressed", "l2_update"],
     ),
     "growing": (
         nothing,

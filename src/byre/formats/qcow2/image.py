@@ -316,13 +316,12 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
                                   "smaller than that", where=self.filename)  # fmt: skip
         engine.write_compressed(self, offset, payloads)
 
-    def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
-        if self.encrypted:
-            from ...errors import NotSupported
-
-            raise NotSupported("an encrypted image cannot hold compressed clusters", where=self.filename)
+    def prepare_compressed(self, offset: int, end: int) -> None:
         self._before_change()
         self._dropping = "other"
+        self._guarded(lambda: self.mapping.prepare_tables(offset, end - offset))
+
+    def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
         assert self.refcounts is not None
         hosts: list[int] = []
         try:
