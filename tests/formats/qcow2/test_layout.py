@@ -161,8 +161,15 @@ def test_extensions_must_end_before_the_name() -> None:
         layout.decode_extensions(data, header._replace(backing_file_offset=116))
 
 
+def test_of_two_backing_formats_the_last_counts() -> None:
+    pair = tuple(layout.Extension(layout.EXTENSION_BACKING_FORMAT, name) for name in (b"raw", b"qcow2"))
+    data = first_cluster(V3, pair)
+    assert layout.decode_extensions(data, layout.decode_header(data)) == pair[1:]
+
+
 def test_a_known_extension_appears_once() -> None:
-    data = first_cluster(V3, EXTENSIONS[:1] * 2)
+    names = layout.Extension(layout.EXTENSION_FEATURE_NAMES, layout.encode_feature_names())
+    data = first_cluster(V3, (names, names))
     with pytest.raises(ImageError, match="twice"):
         layout.decode_extensions(data, layout.decode_header(data))
 

@@ -87,7 +87,8 @@ def decode_extensions(data: bytes | bytearray | memoryview, header: Header) -> t
     """All extensions between the header and the backing name (or the cluster's end), in order, to the byte.
 
     :param data: the image from its first byte; what lies past the end of a short file is given as zeroes
-    :raises ImageError: an extension reaches past the area, or a known one appears twice
+    :raises ImageError: an extension reaches past the area, or a known one appears twice (of backing formats the last
+        counts)
     :raises Truncated: more bytes are needed
     """
     end = header.backing_file_offset or header.cluster_size
@@ -110,7 +111,10 @@ def decode_extensions(data: bytes | bytearray | memoryview, header: Header) -> t
             )
         if len(data) < position + length:
             raise Truncated("the qcow2 header extensions", position + length, len(data))
-        if kind in known:
+        if kind in known and kind == EXTENSION_BACKING_FORMAT:
+            # Images exist that got a second one; programs go by the last.
+            found = [row for row in found if row.type != kind]
+        elif kind in known:
             raise ImageError(f"qcow2 header extension {kind:#010x} ({_KNOWN_EXTENSIONS[kind]}) appears twice")
         if kind in _KNOWN_EXTENSIONS:
             known.add(kind)
