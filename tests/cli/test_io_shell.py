@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from byre.cli.main import main
+from byre.graph.creating import create
 
 _ENTRY = "import sys; sys.argv[0] = 'qemu-io'; from byre.cli.main import entry; entry()"
 
@@ -130,6 +131,21 @@ def test_byre_io_says_why(io, disk: Path) -> None:  # type: ignore[no-untyped-de
 
 
 # -- the image ------------------------------------------------------------------------------------
+
+
+def test_open_adds_options_to_a_json_name(io, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """What is given with it comes first, and names the driver of the node itself."""
+    image = tmp_path / "a.qcow2"
+    create(str(image), "qcow2", 1 << 20)
+    plain, nested = f'json:{{"file.filename":"{image}"}}', f'json:{{"driver":"qcow2","file":{{"filename":"{image}"}}}}'
+    for options, name, driver in (
+        ("driver=qcow2", plain, "qcow2"),
+        ("driver=raw", nested, "raw"),
+        ("file.locking=off", nested, "qcow2"),
+    ):
+        done = io("-c", f"open -o {options} {name}", "-c", "info")
+        assert done.out.startswith(f"format name: {driver}\n"), done
+        assert not done.err
 
 
 def test_open_and_close(io, disk: Path) -> None:  # type: ignore[no-untyped-def]

@@ -15,6 +15,8 @@ from .getopt import UsageError, scan
 from .shell import Command, Failed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...graph.graph import Graph
     from ...image import Image
     from ..common import Given
@@ -72,12 +74,25 @@ def target_of(name: str, options: dict[str, str]) -> str | dict[str, object]:
         return nested
     if not nested:
         return name
+    if name.startswith("json:"):
+        return _joined(unflatten(parse_filename(name)), nested)
     below = nested.get("file")
     if isinstance(below, dict):
         nested["file"] = {**parse_filename(name), **below}
     else:
         nested["filename"] = name
     return nested
+
+
+def _joined(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """Options of a ``json:`` name and, before them, those given with it."""
+    joined = dict(below)
+    for name, value in above.items():
+        old = joined.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _joined(old, value)
+        joined[name] = value
+    return joined
 
 
 def open_image(target: str | dict[str, object], format: str, settings: Settings, given: Given) -> Image:
