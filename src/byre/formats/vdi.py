@@ -275,12 +275,13 @@ class VdiNode(MappedNode):
         stored = -(-max(self.file.size - header.data_offset, 0) // header.block_size)
         limit = max(stored, min(header.allocated_count, header.block_count))
         used = np.frombuffer(found.entries, np.uint32)
-        used = np.unique(used[used < limit])
-        count = max(int(used[-1]) + 1 if len(used) else 0, min(header.allocated_count, header.block_count))
+        used = used[used < limit]
+        count = max(int(used.max()) + 1 if len(used) else 0, min(header.allocated_count, header.block_count))
         space = Space(header.data_offset, header.block_size, header.data_offset + count * header.block_size)
         space.clean = max(space.clean, self.file.size)
-        if len(used) < count and not self.read_only:
-            # Left behind by a crash: to be used first, for the map has no other place for them.
+        if not self.read_only:
+            # What a crash left behind is used first, for the map has no other place for it.
+            used = np.sort(used)
             space.use_gaps(used[at : at + _WINDOW].astype(np.int64) for at in range(0, len(used), _WINDOW))
         found.space = space
 

@@ -95,7 +95,7 @@ class _Check:
             node.write_header(node.header._replace(in_use=IN_USE))
             node.settle()
 
-    def _all_bad(self, indexes: NDArray[np.intp], text: str) -> None:
+    def _all_bad(self, indexes: NDArray[np.intp] | NDArray[np.uint32], text: str) -> None:
         """As :meth:`bad` for each of many entries."""
         self.count(len(indexes))
         for index in indexes[:_MESSAGES].tolist():
@@ -136,15 +136,17 @@ class _Check:
             for index in again.tolist():
                 self._part(index, self.node.map.code.host(self.node.map.entries[index]))
 
-    def _repeats(self) -> NDArray[np.intp]:
+    def _repeats(self) -> NDArray[np.uint32]:
         """Indexes of the entries whose cluster an earlier one has as well; those outside the file do not count."""
         entries = np.frombuffer(self.node.map.entries, np.uint32).copy()
         for first, hosts in self.node.map.windows():
             entries[first : first + len(hosts)][_outside(self.node, hosts)] = 0
-        order = np.argsort(entries, kind="stable")
+        # In place where it can be: a table of 32 MiB is allowed.
+        order = np.argsort(entries, kind="stable").astype(np.uint32)
         entries = entries[order]
-        repeated = np.flatnonzero((entries[1:] == entries[:-1]) & (entries[1:] != 0)) + 1
-        return np.sort(order[repeated])
+        again = order[1:][(entries[1:] == entries[:-1]) & (entries[1:] != 0)]
+        again.sort()
+        return again
 
     def _part(self, index: int, host: int) -> None:
         """A cluster of its own for an entry that shares one, with the same content."""
