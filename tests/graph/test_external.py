@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 
@@ -165,6 +167,44 @@ def test_what_was_written_is_durable_first() -> None:
         assert not Path("over").exists()
         with pytest.raises(IOFailure):
             image.close()
+
+
+CHANGES: dict[str, Callable[[Image], object]] = {
+    "snapshot": lambda image: snapshot(image.graph, [NewOverlay(image, "over")]),
+    "shorter": lambda image: drop_intermediate(image.graph, *chain.layers(image.node)[1:3]),
+}
+
+
+@pytest.mark.parametrize("kind", list(CHANGES))
+def test_users_are_not_held_back_while_what_they_wrote_goes_to_the_disk(kind: str) -> None:
+    make("l0")
+    for level in (1, 2):
+        make(f"l{level}", below=f"l{level - 1}")
+    with byre.open("l2", read_only=False) as image:
+        image.write(0, b"x" * 4096)
+        file = image.node.children["file"].node
+        begun, go_on, flush = threading.Event(), threading.Event(), file.flush
+
+        def slow() -> None:
+            first = not begun.is_set()
+            begun.set()
+            if first:
+                assert go_on.wait(20)
+            flush()
+
+        file.flush = slow  # type: ignore[method-assign]
+        change = threading.Thread(target=CHANGES[kind], args=(image,))
+        change.start()
+        try:
+            assert begun.wait(20)
+            image.check_idle()
+            with image._gate:
+                assert not image._paused
+        finally:
+            go_on.set()
+        change.join()
+        assert len(names(image)) == {"snapshot": 4, "shorter": 2}[kind]
+        assert image.read(0, 4096) == b"x" * 4096
 
 
 # -- shorter chains -------------------------------------------------------------------------------

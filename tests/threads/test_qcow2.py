@@ -266,3 +266,49 @@ def test_failures_in_the_middle_of_a_crowd() -> None:
     image.close()
     findings = walk(memory.to_bytes())
     assert findings == ([], [], []), findings
+
+
+class Disk(FilterNode):
+    """Has flushes that find much to do wait until they may go on."""
+
+    def __init__(self, much: int) -> None:
+        super().__init__()
+        self.much = much
+        self.written = 0
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def write_from(self, offset: int, buffer: memoryview, flags: int = 0) -> None:
+        super().write_from(offset, buffer, flags)
+        self.stats.done(1, len(buffer), 0)
+        self.written += len(buffer)
+
+    def flush(self) -> None:
+        much, self.written = self.written >= self.much, 0
+        if much:
+            self.begun.set()
+            assert self.go_on.wait(20)
+        super().flush()
+
+
+def test_writers_go_on_while_much_data_is_on_its_way_to_the_disk() -> None:
+    disk = Disk(16 << 20)
+    with open_image(new_image("qcow2", 64 << 20), filters=[disk]) as image:
+        image.write(0, bytes(range(256)) * 4096 * 20)
+        done = threading.Event()
+
+        def write() -> None:
+            image.write(4096, b"x" * 4096)
+            image.write(63 << 20, b"y")
+            done.set()
+
+        flusher, writer = threading.Thread(target=image.flush), threading.Thread(target=write)
+        flusher.start()
+        try:
+            assert disk.begun.wait(20)
+            writer.start()
+            assert done.wait(20)
+        finally:
+            disk.go_on.set()
+        writer.join()
+        flusher.join()

@@ -14,6 +14,7 @@ from . import blockers
 from .creating import create
 from .live import Rewiring, quiesce, supports_backing
 from .opening import Opener, OpenFlags, Policy, has_protocol
+from .relinking import flush_ahead
 from .reopening import set_read_only
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def append(graph: Graph, pairs: Sequence[tuple[Node | Image, Node]], *, stay: Se
         if len({part for pair in chosen for part in pair}) < 2 * len(chosen):
             raise InvalidArgument("a node is named twice in one snapshot")
     roots = [image._root for image in stay]
+    flush_ahead(node for node, _ in chosen)
     with quiesce(graph, [node for pair in chosen for node in pair]):
         for node, _ in chosen:
             if not node.read_only:

@@ -17,7 +17,7 @@ from .opening import has_protocol
 from .reopening import set_read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ..formats.abilities import BackingChangeable
     from .child import Child
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .node import Node
 
 __all__ = ["NewHeader", "backing_edges", "backing_name", "change_backing_file", "check_header", "cut_short",
-           "drop_intermediate", "overlays_of", "writable"]  # fmt: skip
+           "drop_intermediate", "flush_ahead", "overlays_of", "writable"]  # fmt: skip
 
 
 class NewHeader(NamedTuple):
@@ -169,6 +169,7 @@ def _relink(graph: Graph, overlays: Sequence[Node], below: Node | None, backing_
             check_unfrozen(edge)
         headers[overlay] = header
     before = [overlay.children["backing"].node for overlay in overlays if "backing" in overlay.children]
+    flush_ahead(overlays)
     with quiesce(graph, overlays), _headers(graph, headers), Rewiring(graph) as change:
         for overlay in overlays:
             lead_backing(change, graph, overlay, below)
@@ -194,6 +195,13 @@ def _headers(graph: Graph, wanted: dict[Node, NewHeader]) -> Iterator[None]:
             except ByreError as error:
                 graph.warnings.append(f"cannot undo the change of a backing file name: {error}")
         raise
+
+
+def flush_ahead(nodes: Iterable[Node]) -> None:
+    """Before requests are held back for a change that ends with a flush: then that one is short."""
+    for node in nodes:
+        if not node.read_only:
+            node.flush()
 
 
 def backing_edges(top: Node, base: Node | None) -> list[Child]:

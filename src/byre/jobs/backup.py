@@ -269,6 +269,11 @@ class BackupJob(Job):
         if self.options.sync in ("full", "top"):
             self._skip(control)
             self._account()
+        with self._copy.behind:
+            self._copy_all(control)
+
+    def _copy_all(self, control: Control) -> None:
+        """Until all is copied, and durable."""
         while True:
             whole = self._sweep(control)
             self._instant.wait_settled()

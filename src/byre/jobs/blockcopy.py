@@ -204,7 +204,8 @@ class BlockCopy:
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
         self._buffers = _Buffers(self._chunk)
-        self._behind = WriteBehind(node)
+        #: Entered while much is copied; by :meth:`run` itself.
+        self.behind = WriteBehind(node)
         self.on_stored: Callable[[int], None] | None = None
         if settings.compress:
             from ..formats.abilities import HasCompression
@@ -264,7 +265,8 @@ class BlockCopy:
 
         work = self._compress_task if settings.compress else self._plain_task
         threads = settings.threads or workers.default_threads()
-        workers.run(self._tasks(segments), work, deliver, threads=threads, in_order=settings.in_order, gate=control)
+        with self.behind:
+            workers.run(self._tasks(segments), work, deliver, threads=threads, in_order=settings.in_order, gate=control)
 
     def _tasks(self, segments: Iterable[Segment]) -> Iterator[_Task]:
         """Segments cut to buffer size, small ones gathered."""
@@ -416,7 +418,7 @@ class BlockCopy:
                     target.write_zeroes(offset, length, unmap=unmap)
         except ByreError as error:
             raise _at(error, "writing", offset) from error
-        self._behind.wrote(moved)
+        self.behind.wrote(moved)
         return moved
 
 

@@ -86,7 +86,9 @@ class LiveCommitJob(Job):
         policies = Policies(self.on_error, self.on_error)
         while True:
             ranges = ranges_above(source, self.base, control, chunk=copy.chunk, top_too=True)
-            if sweep(itertools.chain(ranges, tail), work, control, policies, chunk=copy.chunk):
+            with copy.behind:
+                whole = sweep(itertools.chain(ranges, tail), work, control, policies, chunk=copy.chunk)
+            if whole:
                 break
             control.done = 0
             if self.on_error == "ignore":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.node import Node
     from ..image import Image
+    from .behind import WriteBehind
     from .job import Control
 
 __all__ = ["LiveCopy", "Policies", "RangeFailed", "check_free", "close", "sweep"]
@@ -78,6 +79,11 @@ class LiveCopy:
         self._unit = getattr(target.node, "cluster_size", 0) if settings.compress else 0
         self._sparse: list[Node] = []
         self._gated = True
+
+    @property
+    def behind(self) -> WriteBehind:
+        """To be entered while much is copied."""
+        return self._engine.behind
 
     @property
     def chunk(self) -> int:

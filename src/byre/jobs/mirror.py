@@ -256,7 +256,8 @@ class MirrorJob(Job):
             self.journal.start(self._writer.node.flush)
         self._primed = True
         self._account()
-        self._converge(control)
+        with self._copy.behind:
+            self._converge(control)
         control.ready()
         while not control.completing:
             whole = self._sweep(control)
@@ -266,6 +267,8 @@ class MirrorJob(Job):
             if self._top.dirty.dirty_bytes <= self._small:
                 break
             self._sweep(control)
+        # The users of the source are held back during the flush at the end: little shall be left for it.
+        self._writer.flush()
 
     def _converge(self, control: Control) -> None:
         """Until the two are the same, or the rest can be copied in a moment; the target is durable then."""

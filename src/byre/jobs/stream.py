@@ -92,23 +92,18 @@ class StreamJob(Job):
     def run(self, control: Control) -> None:
         node = self.node
         control.total = node.size
-        self._behind = WriteBehind(node)
         chunk = max(_CHUNK, getattr(node, "cluster_size", 1))
         policies = Policies(self.on_error, self.on_error)
         while True:
             ranges = ranges_above(self._handle, self.base, control, chunk=chunk, top_too=False)
-            if sweep(ranges, self._copy, control, policies, chunk=chunk) or self.on_error == "ignore":
+            with WriteBehind(node, early=False):
+                whole = sweep(ranges, self._copy, control, policies, chunk=chunk)
+            if whole or self.on_error == "ignore":
                 break
             control.done = 0  # after a stop: what is there by now is passed over
-        self._flush()
+        self._handle.within(node.flush)
         if self.on_error == "ignore" and self._failed is not None:
             raise self._failed
-
-    def _flush(self) -> None:
-        """The copied data first, while writers go on; the flush of the tables, which holds them up, is short then."""
-        for child in getattr(self.node, "sources", ()):
-            self._handle.within(child.node.flush)
-        self._handle.within(self.node.flush)
 
     def _copy(self, offset: int, length: int) -> tuple[int, int]:
         node, base = self.node, self.base
@@ -117,7 +112,6 @@ class StreamJob(Job):
         except ByreError as error:
             self._failed = self._failed or error
             raise RangeFailed(error, source=True) from error
-        self._behind.wrote(moved)
         return length, moved
 
     def prepare(self) -> None:
