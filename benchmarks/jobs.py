@@ -1,4 +1,4 @@
-"""Live jobs: mirror, full and incremental backup of a qcow2 disk, alone and while somebody writes to it.
+"""Live jobs on a qcow2 disk, alone and beside a writer: mirror, full and incremental backup, stream, commit.
 
 Against qemu-storage-daemon. Both are running programs that are told to start a job; live.py says what is measured.
 """
@@ -15,7 +15,8 @@ from harness import Bench, Failure, Goal, parse_arguments, run
 
 HERE = Path(__file__).resolve().parent
 PIECE = 1 << 20
-KINDS = {"mirror": "mirror full", "backup": "backup full", "incremental": "backup incremental"}
+KINDS = {"mirror": "mirror full", "backup": "backup full", "incremental": "backup incremental", "stream": "stream",
+         "commit": "commit of a layer below"}  # fmt: skip
 TIME_GOAL, LATENCY_GOAL = Goal(1.0), Goal(2.0)
 
 
@@ -49,11 +50,25 @@ class Disks:
                                self.kept)  # fmt: skip
 
     def fresh(self) -> None:
-        shutil.copy(self.kept, self.source)
-        over = ("-b", self.base, "-F", "qcow2") if self.kind == "incremental" else ()
-        self.bench.run_byre("create", "-q", "-f", "qcow2", *over, self.target, str(self.size))
+        if self.kind in ("stream", "commit"):
+            self._fresh_chain()
+        else:
+            shutil.copy(self.kept, self.source)
+            over = ("-b", self.base, "-F", "qcow2") if self.kind == "incremental" else ()
+            self.bench.run_byre("create", "-q", "-f", "qcow2", *over, self.target, str(self.size))
         run(["sync"])
         self.bench.warm(self.source)
+
+    def _fresh_chain(self) -> None:
+        """source over all the data; for commit with an empty layer below that."""
+        create, over = ("create", "-q", "-f", "qcow2"), lambda name: ("-b", name, "-F", "qcow2")
+        shutil.copy(self.kept, self.base)
+        below = self.base
+        if self.kind == "commit":
+            self.bench.run_byre(*create, self.target, str(self.size))
+            self.bench.run_byre("rebase", "-u", "-f", "qcow2", *over(self.target), self.base)
+        self.bench.run_byre(*create, *over(below), self.source)
+        self.bench.warm(self.base)
 
     def measure(self, words: str, daemon: str | None) -> None:
         programs = ["byre", *([daemon] if daemon else [])]
@@ -81,7 +96,8 @@ class Disks:
         command = [sys.executable, str(HERE / "live.py"), who, self.kind, self.source, self.target, str(self.size)]
         found: dict[str, float] = json.loads(run([*command, *more]).output)
         if who == "byre" and self.bench.verify and self.bench.peer and not load:
-            self.bench.run_peer("compare", "-f", "qcow2", "-F", "qcow2", self.source, self.target)
+            other = self.kept if self.kind in ("stream", "commit") else self.target
+            self.bench.run_peer("compare", "-f", "qcow2", "-F", "qcow2", self.source, other)
         return found
 
     def _row(self, words: str, found: dict[str, list[dict[str, float]]], key: str, goal: Goal | None) -> None:
@@ -94,6 +110,9 @@ class Disks:
             record[f"{name}_all"] = [round(one[key], 6) for one in runs]
         if goal:
             record["goal"] = str(goal)
+        used = [median(one["processor"] for one in runs) for runs in found.values()]
+        if len(used) == 2:
+            record["processor_ratio"] = round(used[0] / max(used[1], 0.01), 4)
         if len(medians) == 2:
             record["ratio"] = round(medians[0] / max(medians[1], 1e-9), 4)
             if goal:

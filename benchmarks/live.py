@@ -1,8 +1,12 @@
-"""One live job in a process of its own, for jobs.py: python live.py byre|peer mirror|backup|incremental SOURCE TARGET
+"""One live job in a process of its own, for jobs.py: python live.py byre|peer KIND SOURCE TARGET SIZE
 
 Prints one JSON object: the seconds from the order to the result (READY for mirror: both disks are the same and
-the target is durable), and with --load the latencies of 4 KiB writes to the source, before the job and while it runs.
-The peer's writer comes in over NBD on a unix socket, byre's is a thread of the same process.
+the target is durable), the processor seconds that the program took for it, and with --load the latencies of 4 KiB
+writes to the source, before the job and while it runs. The peer's writer comes in over NBD on a unix socket, byre's
+is a thread of the same process.
+
+stream takes what is below SOURCE into it, commit brings the layer below SOURCE into the one below that; neither has a
+TARGET.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -84,8 +89,8 @@ def percentile(taken: list[float], share: float) -> float:
     return sorted(taken)[min(int(len(taken) * share), len(taken) - 1)] if taken else 0.0
 
 
-def result(seconds: float, writer: Writer | None, marks: tuple[int, int]) -> None:
-    found: dict[str, object] = {"seconds": seconds}
+def result(seconds: float, processor: float, writer: Writer | None, marks: tuple[int, int]) -> None:
+    found: dict[str, object] = {"seconds": seconds, "processor": processor}
     if writer is not None:
         before, during = writer.taken[: marks[0]], writer.taken[marks[0] : marks[1]]
         # A write that was held back for the whole job counts as well.
@@ -98,7 +103,8 @@ def result(seconds: float, writer: Writer | None, marks: tuple[int, int]) -> Non
 def by_peer(program: str, kind: str, source: str, target: str, size: int, load: bool) -> None:
     with tempfile.TemporaryDirectory() as folder, Daemon(program, Path(folder)) as daemon:
         daemon.open("source", source)
-        daemon.open("target", target)
+        if kind not in CHAIN_KINDS:
+            daemon.open("target", target)
         writer = None
         if load:
             path = str(Path(folder) / "nbd.sock")
@@ -108,16 +114,9 @@ def by_peer(program: str, kind: str, source: str, target: str, size: int, load: 
             writer = Writer(client.write, size)
             sleep(BEFORE)
         first = len(writer.taken) if writer else 0
-        started = perf_counter()
-        if kind == "mirror":
-            daemon("blockdev-mirror", job_id="j", device="source", target="target", sync="full", auto_dismiss=False)
-            daemon.wait("BLOCK_JOB_READY")
-        else:
-            more = {"bitmap": "b"} if kind == "incremental" else {}
-            daemon("blockdev-backup", job_id="j", device="source", target="target", auto_dismiss=False,
-                   sync="incremental" if more else "full", **more)  # fmt: skip
-            daemon.concluded("j")
-        seconds = perf_counter() - started
+        used, started = daemon.processor(), perf_counter()
+        ORDERS[kind](daemon)
+        seconds, used = perf_counter() - started, daemon.processor() - used
         last = len(writer.taken) if writer else 0
         if writer is not None:
             writer.end()
@@ -125,39 +124,81 @@ def by_peer(program: str, kind: str, source: str, target: str, size: int, load: 
         if kind == "mirror":
             daemon("job-complete", id="j")
             daemon.concluded("j")
-    result(seconds, writer, (first, last))
+    result(seconds, used, writer, (first, last))
+
+
+def _mirror(daemon: Daemon) -> None:
+    daemon("blockdev-mirror", job_id="j", device="source", target="target", sync="full", auto_dismiss=False)
+    daemon.wait("BLOCK_JOB_READY")
+
+
+def _backup(daemon: Daemon, **more: str) -> None:
+    daemon("blockdev-backup", job_id="j", device="source", target="target", auto_dismiss=False,
+           **{"sync": "full", **more})  # fmt: skip
+    daemon.concluded("j")
+
+
+def _stream(daemon: Daemon) -> None:
+    daemon("block-stream", job_id="j", device="source", auto_dismiss=False)
+    daemon.concluded("j")
+
+
+def _commit(daemon: Daemon) -> None:
+    rows = {row["node-name"]: row for row in daemon("query-named-block-nodes", flat=True)}
+    by_file = {row["file"]: name for name, row in rows.items() if row["drv"] == "qcow2"}
+    middle = by_file[rows["source"]["backing_file"]]
+    daemon("block-commit", job_id="j", device="source", top_node=middle, auto_dismiss=False)
+    daemon.concluded("j")
+
+
+ORDERS: dict[str, Callable[[Daemon], None]] = {
+    "mirror": _mirror,
+    "backup": _backup,
+    "incremental": lambda daemon: _backup(daemon, sync="incremental", bitmap="b"),
+    "stream": _stream,
+    "commit": _commit,
+}
+CHAIN_KINDS = ("stream", "commit")
 
 
 def by_byre(kind: str, source_name: str, target_name: str, size: int, load: bool) -> None:
     import numpy  # noqa: F401 - a running program has it already
 
     import byre
+    from byre.graph import chain
     from byre.graph.graph import Graph
     from byre.jobs.backup import BackupJob, BackupOptions
     from byre.jobs.job import Job
+    from byre.jobs.live_commit import LiveCommitJob
     from byre.jobs.mirror import MirrorJob
     from byre.jobs.states import State
+    from byre.jobs.stream import StreamJob
 
     graph = Graph()
-    with (
-        byre.open(source_name, format="qcow2", read_only=False, graph=graph) as source,
-        byre.open(target_name, format="qcow2", read_only=False, graph=graph) as target,
-    ):
+    with ExitStack() as stack:
+        source = stack.enter_context(byre.open(source_name, format="qcow2", read_only=False, graph=graph))
+        if kind not in CHAIN_KINDS:
+            target = stack.enter_context(byre.open(target_name, format="qcow2", read_only=False, graph=graph))
         writer = Writer(source.write, size) if load else None
         if load:
             sleep(BEFORE)
         first = len(writer.taken) if writer else 0
-        started = perf_counter()
+        used, started = process_time(), perf_counter()
         job: Job
         if kind == "mirror":
             job = MirrorJob(source, target)
+        elif kind == "stream":
+            job = StreamJob(graph, source.node)
+        elif kind == "commit":
+            _, middle, base = chain.layers(source.node)
+            job = LiveCommitJob(graph, middle, base)
         else:
             job = BackupJob(source, target, BackupOptions("incremental", "b") if kind == "incremental" else None)
         there = threading.Event()
         job.on_change = lambda _job, state: there.set() if state in (State.READY, State.CONCLUDED) else None
         job.start()
         there.wait()
-        seconds = perf_counter() - started
+        seconds, used = perf_counter() - started, process_time() - used
         last = len(writer.taken) if writer else 0
         if writer is not None:
             writer.end()
@@ -166,13 +207,13 @@ def by_byre(kind: str, source_name: str, target_name: str, size: int, load: bool
         job.join()
         if job.error is not None:
             raise job.error
-    result(seconds, writer, (first, last))
+    result(seconds, used, writer, (first, last))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("who", help="byre, or the peer's program")
-    parser.add_argument("kind", choices=("mirror", "backup", "incremental"))
+    parser.add_argument("kind", choices=tuple(ORDERS))
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("size", type=int, help="bytes of the disk that are written to")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import time
@@ -98,6 +99,11 @@ class Daemon:
         self("job-dismiss", id=job)
         if "error" in found:
             raise CommandFailed(found["error"])
+
+    def processor(self) -> float:
+        """Seconds of processor time that it has used so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def __enter__(self) -> Self:
         return self
