@@ -130,6 +130,7 @@ def test_probing(tmp_path: Path) -> None:
     assert probe(other.read_bytes()[:2048]).name == "raw"
     assert probe(pack(tmp_path / "y.tar", ("vm.ovf", b"x")).read_bytes()[:2048]).name == "ova"
     assert probe(descriptor()).name == "ovf"
+    assert probe(b"<html>see http://schemas.dmtf.org/ovf/envelope/1").name == "raw"
     assert probe(b"see http://schemas.dmtf.org/ovf/envelope/1").name == "raw"
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 
 ADDRESS_SPACE = 4 << 30
+FILES = 512
 
 
 def memory(kind: str) -> int:
@@ -29,6 +30,7 @@ def forget_peak() -> None:
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
     opened: list[str] = []
 
     def watch(event: str, given: tuple[object, ...]) -> None:

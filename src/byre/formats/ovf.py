@@ -24,7 +24,8 @@ CHILDREN: Final = ("file",)
 
 def matches(head: bytes) -> bool:
     """Whether a file that begins so is a descriptor."""
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and b"/ovf/envelope" in head
+    root = b"<Envelope" in head or b":Envelope" in head
+    return root and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and b"/ovf/envelope" in head
 
 
 def open_node(request: OpenRequest) -> Node:

@@ -144,7 +144,7 @@ class _Check:
         # In place where it can be: a table of 32 MiB is allowed.
         order = np.argsort(entries, kind="stable").astype(np.uint32)
         entries = entries[order]
-        again = order[1:][(entries[1:] == entries[:-1]) & (entries[1:] != 0)]
+        again: NDArray[np.uint32] = order[1:][(entries[1:] == entries[:-1]) & (entries[1:] != 0)]
         again.sort()
         return again
 
