@@ -163,6 +163,26 @@ def test_a_growing_refcount_table() -> None:
         judge(recording, state, thorough=number % 10 == 0)
 
 
+def test_refcount_blocks_that_go_with_a_shrink() -> None:
+    """512-byte clusters with 64-bit counts: each block counts 64 clusters, and most of those are cut off."""
+    cluster, clusters = 512, 1400
+    begin = setup(cluster, clusters, refcount_bits=64)
+    with begin.open(begin.image, None) as image:
+        image.write(0, pattern(7, 1300 * cluster))
+        node = image.graph.find(image.node.children["file"].node.name)
+    full = Setup(node.to_bytes())  # type: ignore[attr-defined]
+
+    def less(image: Image, step: int) -> None:
+        image.resize(200 * cluster, shrink=True)
+
+    table = steps(cluster, 200)
+    recording = Recording(full, [("less", less), ("overwrite", table["overwrite"]), ("flush", table["flush"])])
+    states = list(recording.states())
+    assert len(states) > 60
+    for number, state in enumerate(random.Random(1).sample(states, min(60, len(states)))):
+        judge(recording, state, thorough=number % 10 == 0)
+
+
 # -- the judge itself -----------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from byre.errors import ByreError, InvalidArgument, NotSupported
 from byre.formats.qcow2.image import Qcow2Node
 from byre.graph.creating import create
 from conftest import Run
+from support.walk import walk
 
 CLUSTER = 4096
 
@@ -149,6 +150,26 @@ def test_shrinking_gives_space_back(tmp_path: Path, qemu_img: Run) -> None:
     assert Path(path).stat().st_size < 3 << 20
     qemu_img("check", path)
     assert read(path) == b"\1" * (1 << 20)
+
+
+@pytest.mark.parametrize("bits", [1, 16, 64])
+@pytest.mark.parametrize("cluster", [512, 4096])
+def test_a_shrunk_image_has_a_short_file(tmp_path: Path, cluster: int, bits: int) -> None:
+    """Refcount blocks that count nothing any more do not hold its end."""
+    blocks = cluster * 8 // bits * cluster
+    size = 4 * blocks if blocks < 16 << 20 else blocks + (8 << 20)
+    path = make(tmp_path, size, cluster_size=cluster, refcount_bits=bits)
+    with byre.open(path, read_only=False) as image:
+        image.write(0, b"x" * size)
+        image.flush()
+        image.resize(20 * cluster, shrink=True)
+        assert image.read(0, 20 * cluster) == b"x" * (20 * cluster)
+        image.resize(size)
+        image.write(size // 2, b"y" * (4 * cluster))
+        image.resize(20 * cluster, shrink=True)
+    assert Path(path).stat().st_size <= max(size // 3, 100 * cluster)
+    assert not any(walk(Path(path).read_bytes()))
+    assert read(path) == b"x" * (20 * cluster)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -313,13 +313,14 @@ class Refcounts:
             set_refcount(block.data, low, self.order, 1)
             self.blocks.mark(block, low << self.order >> 3, low << self.order >> 3)
         for index, block in made.items():
-            self._set_entry(index, block.host)
+            self.set_entry(index, block.host)
         if self.virgin < 1 << 62:
             self.virgin = max(self.virgin, cluster + len(indexes))
 
-    def _set_entry(self, index: int, host: int) -> None:
+    def set_entry(self, index: int, host: int) -> None:
+        """Let the table name another block, or none (0); what that needs before it reaches the disk is the caller's."""
         self.table[index] = host
-        if self._guard is not None:
+        if self._guard is not None and host:
             self._guard.block_made(host)
         self._table_dirty.add(index * 8 // PAGE)
 

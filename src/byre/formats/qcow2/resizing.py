@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from ...errors import InvalidArgument, NotSupported, ReadOnly
 from ...io import engine
-from ...io.extent import MAY_UNMAP
+from ...io.extent import COMPRESSED, DATA, MAY_UNMAP
 from ...io.tables import encode_words
 from ...units import align_up
 from . import layout
 from .entries import COPIED
+from .refcounts_trim import drop_empty_blocks, used_clusters
 
 if TYPE_CHECKING:
     from .image import Qcow2Node
@@ -81,6 +82,7 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
         _drop_machine_state(node)
         if entries > len(node.mapping.l1):
             node._guarded(lambda: grow_l1(node, entries))
+        _drop_beyond(node, align_up(before, node.cluster_size), align_up(size, node.cluster_size))
         # The engine clips at the size; what lies behind the old end must be settled before the header names it.
         node._size = size
     try:
@@ -88,9 +90,7 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
         if cluster_end > before and not engine.reads_zero(node, before, cluster_end - before):
             engine.write_zeroes(node, before, cluster_end - before)
         _hide_backing(node, cluster_end, size)
-        data_file = node.data_file
-        if data_file is not None and data_file.size < size:
-            data_file.resize(size, exact=False)
+        _grow_data_file(node, before, size)
         with node.lock:
             node._guarded(node.write_back)
             node._guarded(node.file.flush)
@@ -100,6 +100,27 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
             if node.header.size == before:
                 node._size = before
         raise
+
+
+def _drop_beyond(node: Qcow2Node, start: int, end: int) -> None:
+    """A crash while the image shrank may have left in the tables what was cut off; lock held."""
+    if start >= end:
+        return
+    for extent in node.mapping.lookup_all(start, end - start):
+        at = extent.offset
+        while extent.kind in (DATA, COMPRESSED) and at < extent.end:
+            at += node.unallocate(at, extent.end - at)
+
+
+def _grow_data_file(node: Qcow2Node, before: int, size: int) -> None:
+    data_file = node.data_file
+    if data_file is None:
+        return
+    if node.header.raw_data_file and before < min(size, data_file.size):
+        # It is longer than the disk was; the new space reads as zeroes with and without the tables.
+        data_file.write_zeroes(before, min(size, data_file.size) - before, MAY_UNMAP)
+    if data_file.size < size:
+        data_file.resize(size, exact=False)
 
 
 def _drop_machine_state(node: Qcow2Node) -> None:
@@ -217,12 +238,11 @@ def _trim(node: Qcow2Node) -> None:
     assert refcounts is not None
     with node.lock:
         bits = node.header.cluster_bits
-        last = -(-node.file.size >> bits)
-        while last > 1 and not refcounts.get(last - 1):
-            last -= 1
+        node._guarded(lambda: drop_empty_blocks(refcounts))
+        last = max(used_clusters(refcounts), 1)
         if last << bits < node.file.size:
             node.file.resize(last << bits)
-        refcounts.virgin = min(refcounts.virgin, max(last, 1)) if node.file.has_zero_init else refcounts.virgin
+        refcounts.virgin = min(refcounts.virgin, last) if node.file.has_zero_init else refcounts.virgin
 
 
 # -- emptying -------------------------------------------------------------------------------------
