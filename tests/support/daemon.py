@@ -53,7 +53,10 @@ class Daemon:
                 time.sleep(0.01)
 
     def _read(self) -> dict[str, Any]:
-        line = self._lines.readline()
+        try:
+            line = self._lines.readline()
+        except ConnectionResetError:
+            line = b""
         if not line:
             raise CommandFailed("the daemon has ended")
         answer: dict[str, Any] = json.loads(line)
