@@ -11,13 +11,14 @@ PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -qq
 
-.PHONY: help demo test lint unit docs bench clean
+.PHONY: help demo test lint unit vm-guest docs bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    build a chain of disk images, convert and check it, draw its allocation (in demo-out/)'
 	@echo 'make test    lint, type check and run all tests'
 	@echo 'make lint    ruff and mypy only'
+	@echo 'make vm-guest  fetch the small guest that tests/vm boots (Debian, x86_64); without it they are skipped'
 	@echo 'make docs    bring the generated parts of docs/ up to date'
 	@echo 'make bench   compare with qemu-img on this machine (see benchmarks/README.md)'
 	@echo 'make clean   remove what these commands made, .venv included'
@@ -33,6 +34,10 @@ lint: $(VENV)/.installed-dev
 
 unit: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Kernel and busybox of the distribution, in build/vm; needs no root.
+vm-guest: | $(VENV)/bin/python
+	@$(VENV)/bin/python tests/vm/guest.py build/vm
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/python docs/generate.py

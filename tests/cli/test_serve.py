@@ -348,6 +348,17 @@ class TestRefusals:
         assert done.returncode == 1
         assert "Address already in use" in done.stderr
 
+    def test_a_list_through_tls_needs_a_name_to_check(self, raw: Path, sock: Path, tmp_path: Path) -> None:
+        """A certificate for 127.0.0.1 says nothing about who listens on a unix socket."""
+        keys = issue(make_authority(tmp_path / "ca"), tmp_path / "keys", "server", "127.0.0.1")
+        server = ("--object", f"tls-creds-x509,id=t,endpoint=server,dir={keys},verify-peer=off", "--tls-creds=t")
+        client = ("--object", f"tls-creds-x509,id=t,endpoint=client,dir={keys}", "--tls-creds=t")
+        with serving(sock, "-t", "-f", "raw", *server, raw):
+            done = run("-L", "-k", sock, *client)
+            assert done.returncode == 1
+            assert "No hostname for certificate validation" in done.stderr
+            assert "exports available: 1" in run("-L", "-k", sock, *client, "--tls-hostname=127.0.0.1").stdout
+
     def test_devices_where_the_kernel_has_none(self) -> None:
         if Path("/sys/module/nbd").exists():
             pytest.skip("this kernel has NBD")
@@ -384,6 +395,34 @@ class TestAsPeer:
 
     def test_socket_paths_are_absolute(self, as_peer: list[str], raw: Path) -> None:
         assert "socket path must be absolute" in run("-k", "here", raw, program=as_peer).stderr
+
+    def test_a_guess_is_said(self, as_peer: list[str], raw: Path, sock: Path) -> None:
+        """Whose format nobody gave, and who may be written to, comes with the peer's warning."""
+        with serving(sock, "-t", raw, program=as_peer) as process:
+            with Talk(sock) as talk:
+                talk.start()  # it is ready
+            process.terminate()
+            code, err = ended(process)
+        assert code == 0
+        assert err.startswith(f"WARNING: Image format was not specified for '{raw}' and probing guessed raw.\n")
+        assert len(err.splitlines()) == 3
+        for more in (("-r",), ("-f", "raw")):
+            with serving(sock, "-t", *more, raw, program=as_peer) as process:
+                with Talk(sock) as talk:
+                    talk.start()
+                process.terminate()
+                assert ended(process) == (0, "")
+
+    def test_what_clients_do_wrong_is_said_under_the_peer_s_name(
+        self, as_peer: list[str], raw: Path, sock: Path
+    ) -> None:
+        with serving(sock, "-t", "-f", "raw", raw, program=as_peer) as process:
+            with Talk(sock) as talk:
+                talk.send(b"\xff" * 100)
+                assert talk.ended()
+            time.sleep(0.2)
+            process.terminate()
+            assert ended(process)[1].startswith("qemu-nbd: option negotiation failed: ")
 
     @pytest.mark.oracle
     def test_the_list_is_the_peer_s(self, as_peer: list[str], raw: Path, sock: Path, qemu_nbd: Run) -> None:

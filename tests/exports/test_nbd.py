@@ -16,6 +16,7 @@ import pytest
 
 import byre
 from byre.errors import Busy, InvalidArgument, NotFound, ReadOnly
+from byre.exports.contexts import whole_blocks
 from byre.exports.nbd import NbdExport
 from byre.formats.abilities import HasBitmaps
 from byre.graph.creating import create
@@ -34,9 +35,9 @@ def exported(folder: Path, image: byre.Image, **more: object) -> Iterator[Served
         yield served
 
 
-def run(program: str, *arguments: object, check: bool = True) -> str:
+def run(program: str, *arguments: object, check: bool = True, folder: Path | None = None) -> str:
     command = [peer_program(program), *map(str, arguments)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL, cwd=folder)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout + (done.stderr if not check else "")
 
@@ -93,6 +94,35 @@ class TestExport:
             assert talk.read(990, 34) == b"x" * 10 + bytes(24)
             assert talk.write(1010, b"y" * 14) == 0
             assert talk.read(0, 1024) == b"x" * 1000 + bytes(10) + b"y" * 14
+
+    def test_a_disk_that_was_only_probed_is_offered_by_sectors(self, tmp_path: Path) -> None:
+        """Its block size is a sector, and so are its extents, as the protocol demands; any range is served."""
+        path = tmp_path / "odd.raw"
+        path.write_bytes(b"x" * 1000)
+        with byre.open(path, read_only=False) as image, exported(tmp_path, image, writable=True) as served:
+            with Talk(served.path) as talk:
+                talk.start("structured", contexts=("base:allocation",))
+                assert talk.status(0, 1024) == {0: [(1024, 0)]}
+                assert talk.status(0, 1024, flags=wire.CMD_FLAG_REQ_ONE) == {0: [(512, 0)]}
+                assert talk.status(512, 512, flags=wire.CMD_FLAG_REQ_ONE) == {0: [(512, 0)]}
+                assert talk.read(990, 34) == b"x" * 10 + bytes(24)
+            assert NbdExport(image).offer.block_sizes[0] == 512
+        with byre.open(path, format="raw") as image:
+            assert NbdExport(image).offer.block_sizes[0] == 1
+
+    @pytest.mark.parametrize(
+        ("runs", "blocks"),
+        [
+            ([(512, 3), (1024, 0)], [(512, 3), (1024, 0)]),
+            ([(100, 3), (412, 3)], [(512, 3)]),
+            ([(1000, 3), (24, 0), (1024, 3)], [(512, 3), (512, 0), (1024, 3)]),
+            ([(100, 3), (10, 0), (10, 3), (904, 0)], [(1024, 0)]),
+            ([(1100, 0), (100, 3)], [(1024, 0)]),
+            ([(100, 3)], [(512, 0)]),
+        ],
+    )
+    def test_extents_in_whole_blocks(self, runs: list[tuple[int, int]], blocks: list[tuple[int, int]]) -> None:
+        assert whole_blocks(runs, 512) == blocks
 
     def test_writethrough(self, qcow2: Path, tmp_path: Path) -> None:
         with (
@@ -291,6 +321,7 @@ class TestPeers:
             out = run(
                 "fio", "--name=x", "--ioengine=nbd", f"--uri={served.uri}", "--rw=randrw", "--bsrange=512-300k",
                 "--bs_unaligned=1", "--iodepth=16", "--size=24m", "--verify=crc32c", "--verify_backlog=32",
+                "--verify_state_save=0", folder=tmp_path,
             )  # fmt: skip
             assert "err= 0" in out
         qemu_img("check", path)

@@ -282,6 +282,27 @@ def test_a_dirty_bitmap_is_shown_as_the_peer_shows_it(
 
 
 @pytest.mark.oracle
+def test_zeroes_that_are_no_hole_are_shown_as_the_peer_shows_them(
+    tmp_path: Path, qemu_img: Run, qemu_io: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Allocated clusters that lie in holes of the file are zeroes and data; so is a depth of two, the peer says."""
+    base, image = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
+    qemu_img("create", "-f", "qcow2", "-o", "preallocation=metadata", base, "1M")
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "qcow2", image, "2M")
+    qemu_io("-c", "write 128k 64k", "-c", "write -z 256k 64k", image)
+    with qemu_nbd(tmp_path, image, "-A", format="qcow2") as server:
+        for context in ("", ",x-dirty-bitmap=qemu:allocation-depth"):
+            options = f"driver=nbd,path={server.path}{context}"
+            assert main(["map", "--output=json", "--image-opts", options]) == 0
+            ours = json.loads(capsys.readouterr().out)
+            theirs = json.loads(qemu_img("map", "--output=json", "--image-opts", options).stdout)
+            assert [{key: value for key, value in row.items() if key != "compressed"} for row in ours] == theirs
+            assert any(row["zero"] and row["data"] for row in theirs)
+        assert main(["map", "-f", "raw", server.uri]) == 0
+        assert capsys.readouterr().out == qemu_img("map", "-f", "raw", server.uri).stdout
+
+
+@pytest.mark.oracle
 def test_commands_say_what_the_peer_says(
     tmp_path: Path, qemu_img: Run, qemu_io: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

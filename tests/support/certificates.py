@@ -26,9 +26,10 @@ def make_authority(folder: Path, name: str = "Test CA") -> Path:
 def issue(authority: Path, folder: Path, side: str, name: str) -> Path:
     """``folder`` gets ca-cert.pem and a certificate for ``side`` ("server", "client"), valid for host ``name``."""
     folder.mkdir(parents=True, exist_ok=True)
+    kind = "IP" if name.replace(".", "").isdecimal() else "DNS"
     shutil.copy(authority / "ca-cert.pem", folder)
     request, extensions = folder / f"{side}.csr", folder / f"{side}.ext"
-    extensions.write_text(f"subjectAltName=DNS:{name}\nextendedKeyUsage={side}Auth\nbasicConstraints=CA:false\n"
+    extensions.write_text(f"subjectAltName={kind}:{name}\nextendedKeyUsage={side}Auth\nbasicConstraints=CA:false\n"
                           "keyUsage=critical,digitalSignature\n")  # fmt: skip
     _openssl(
         "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/O=Tests/CN={name}",

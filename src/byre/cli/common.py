@@ -93,9 +93,12 @@ def as_peer() -> bool:
     return PROGRAM.get() != "byre"
 
 
-def report(message: object) -> None:
-    """One error line on stderr: ``PROG: message``, control characters escaped."""
-    sys.stderr.write(f"{PROGRAM.get()}: {printable(str(message))}\n")
+def report(message: object, *, program: str = "") -> None:
+    """One error line on stderr: ``PROG: message``, control characters escaped.
+
+    :param program: for a thread that does not know under which name it was started
+    """
+    sys.stderr.write(f"{program or PROGRAM.get()}: {printable(str(message))}\n")
     if isinstance(message, BadNumber) and as_peer():
         sys.stderr.write("".join(f"{line}\n" for line in message.lines))
 

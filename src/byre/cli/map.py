@@ -184,7 +184,7 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
     """What the extents look like from outside."""
     import numpy as np
 
-    from ..io.extent import COMPRESSED, DATA, NOT_COUNTED, UNALLOCATED, ZERO
+    from ..io.extent import COMPRESSED, DATA, NOT_COUNTED, UNALLOCATED, WRITTEN_ZERO, ZERO
 
     sizes = np.array([layer.size for layer in layers], np.int64)
     if len(layers) > 1:
@@ -211,12 +211,13 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
             placed &= depth != level  # what lies there is of no use to anybody else
     kind = np.where(zero, _ZERO, np.where(uncounted, 0, _DATA)).astype(np.int64)
     kind |= np.where(in_holes, _ZERO, 0)
+    kind |= np.where(extents.source == WRITTEN_ZERO, _ZERO | _DATA, 0)
     kind |= np.where(extents.kind == COMPRESSED, _COMPRESSED, 0)
     kind |= np.where(present, _PRESENT, 0) | np.where(placed, _HAS_OFFSET, 0)
     file = np.full(len(extents), -1, np.int64)
     for level, numbers in enumerate(index.of):
         for source, number in enumerate(numbers):
-            file[placed & (depth == level) & (extents.source == source)] = number
+            file[placed & (depth == level) & (np.maximum(extents.source, 0) == source)] = number
     return Rows(extents.offset, extents.length, kind, depth, np.where(placed, extents.host, 0), file)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from ..errors import ByreError, InvalidArgument, from_oserror
+from ..errors import ByreError, InvalidArgument, from_oserror, printable
 from ..exports.nbd import NbdExport
 from ..graph.graph import Graph
 from ..image import Image
@@ -59,6 +60,7 @@ def _open(given: common.Given) -> Image:
             error.message, error.where = f"Failed to blk_new_open '{name}': {error}", ""
             error.hint = ""
         raise
+    _warn_of_guess(image)
     try:
         if given.has("load-snapshot"):
             from .snapshot import load_snapshot
@@ -72,6 +74,23 @@ def _open(given: common.Given) -> Image:
     except BaseException:
         image.close()
         raise
+
+
+def _warn_of_guess(image: Image) -> None:
+    """A client may write to a disk whose format nobody said: not everything, and somebody should know why."""
+    if image.read_only or not getattr(image.node, "probed", False):
+        return
+    name = printable(image.filename)
+    if common.as_peer():
+        sys.stderr.write(
+            f"WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will "
+            "be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions.\n"
+        )
+    else:
+        common.warn(f"{name}: probed as raw: writes that would make it look like another format are refused; "
+                    "say -f raw to allow them")  # fmt: skip
 
 
 def _cache(given: common.Given) -> str:

@@ -48,7 +48,12 @@ def list_exports(given: Given) -> int:
     if found is not None:
         from ..nbd.tls import client_context
 
-        security = Security(client_context(found, given.secrets()), given.last("tls-hostname", host))
+        context = client_context(found, given.secrets())
+        # Who is behind a unix socket no address tells.
+        hostname = given.last("tls-hostname") or (None if given.has("socket") else host)
+        if context.check_hostname and not hostname:
+            raise InvalidArgument("No hostname for certificate validation", hint="give --tls-hostname")
+        security = Security(context, hostname)
     limit = number(given, "handshake-limit", 10, "Invalid handshake limit '{}'") or 1 << 31
     exports = ask(address, tls="require" if security else "off", security=security, handshake_limit=float(limit))
     sys.stdout.write(f"exports available: {len(exports)}\n" + "".join(map(_described, exports)))

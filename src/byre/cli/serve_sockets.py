@@ -33,7 +33,8 @@ def make_server(given: common.Given) -> Server:
 
     seconds = number(given, "handshake-limit", 10, "Invalid handshake limit '{}'")
     settings = Settings(_tls(given), True, _authorization(given), float(seconds))
-    server = Server(settings, connections=server_limit(given), report=common.report)
+    program = common.PROGRAM.get()  # which the threads of clients do not know
+    server = Server(settings, connections=server_limit(given), report=lambda line: common.report(line, program=program))
     try:
         _listen(server, given)
     except BaseException:

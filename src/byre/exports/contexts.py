@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..graph.node import Node
     from ..image import Image
 
-__all__ = ["Context", "allocation", "allocation_depth", "dirty", "zero_run"]
+__all__ = ["Context", "allocation", "allocation_depth", "dirty", "whole_blocks", "zero_run"]
 
 if TYPE_CHECKING:
     Context = Callable[[Image, int, int, int], list[tuple[int, int]]]
@@ -121,3 +121,25 @@ def dirty(bitmap: Bitmap) -> Context:
         return runs
 
     return status
+
+
+def whole_blocks(runs: list[tuple[int, int]], unit: int) -> list[tuple[int, int]]:
+    """The same in multiples of ``unit``, as a minimum block size demands; what a block has in parts only, it has not.
+
+    The last block is left out where its end is not known; a single one is kept, with no flag.
+    """
+    found: list[tuple[int, int]] = []
+    begun = flags = 0  # of a block that is not whole yet
+    for length, each in runs:
+        if begun:
+            flags &= each
+            step = min(length, unit - begun)
+            begun, length = begun + step, length - step
+            if begun < unit:
+                continue
+            _join(found, unit, flags, len(runs) + 1)
+        whole = length // unit * unit
+        if whole:
+            _join(found, whole, each, len(runs) + 1)
+        begun, flags = length - whole, each
+    return found or [(unit, 0)]

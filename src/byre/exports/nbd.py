@@ -14,6 +14,7 @@ from ..errors import InvalidArgument, NotFound
 from ..nbd import wire
 from ..nbd.disk import IN_FILE, ZERO, Batch, DirectRange, Piece
 from ..nbd.server_negotiation import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, Offer
+from ..units import SECTOR
 from . import contexts
 from .contexts import dirty, zero_run
 from .export import Export
@@ -69,6 +70,8 @@ class NbdExport(Export):
             if len(text.encode()) > wire.MAX_STRING:
                 raise InvalidArgument(f"export {what} {text[:40]!r}... is longer than {wire.MAX_STRING} bytes")
         self.connections = connections
+        # Any range is served; but what a disk that was only probed may become is judged by sectors.
+        self._unit = SECTOR if getattr(image.node, "probed", False) else 1
         self._bitmaps: list[Bitmap] = []
         self._contexts: dict[str, Context] = {BASE_ALLOCATION: contexts.allocation}
         if allocation_depth:
@@ -102,7 +105,7 @@ class NbdExport(Export):
             # All clients reach the same node: what one was told is written, the others read, and a flush covers it.
             flags |= wire.TRANSMISSION_MULTI_CONN
         alignment = self.image.node.limits.request_alignment
-        sizes = (1, max(_PREFERRED, min(alignment, wire.MAX_PAYLOAD)), wire.MAX_PAYLOAD)
+        sizes = (self._unit, max(_PREFERRED, min(alignment, wire.MAX_PAYLOAD)), wire.MAX_PAYLOAD)
         return Offer(name, description, self.image.size, flags, sizes, tuple(self._contexts))
 
     @property
@@ -235,7 +238,8 @@ class NbdExport(Export):
         return found
 
     def status(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-        return self._contexts[context](self.image, offset, length, limit)
+        runs = self._contexts[context](self.image, offset, length, limit)
+        return runs if self._unit == 1 else contexts.whole_blocks(runs, self._unit)
 
 
 def _find_bitmap(node: Node | None, name: str) -> Bitmap | None:

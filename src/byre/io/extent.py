@@ -18,6 +18,7 @@ __all__ = [
     "NO_FALLBACK",
     "NO_HOST",
     "UNALLOCATED",
+    "WRITTEN_ZERO",
     "ZERO",
     "Extent",
 ]
@@ -35,6 +36,8 @@ KIND_NAMES: Final = ("data", "zero", "unallocated", "compressed")
 NO_HOST: Final = -1
 NOT_COUNTED: Final = -1
 """``source`` of DATA that must be read like any other, but that a protocol says is not allocated."""
+WRITTEN_ZERO: Final = -2
+"""``source`` of what a protocol says is allocated and reads as zeroes."""
 
 FUA: Final = 1
 """The write is durable when the call returns."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 from ..errors import ByreError, ImageError, InvalidArgument, NotFound, NotSupported, ReadOnly
 from ..graph.node import Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
-from ..io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NOT_COUNTED, ZERO, Extent
+from ..io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NOT_COUNTED, WRITTEN_ZERO, ZERO, Extent
 from ..nbd import uri, wire
 from ..nbd.client_negotiation import BASE_ALLOCATION
 from ..nbd.request import Request
@@ -262,7 +262,8 @@ class NbdNode(Node):
     def block_status(self, offset: int, length: int) -> Extent:
         """DATA or ZERO as the server says (host = offset); data where it says nothing; ZERO past the end (no host).
 
-        What is a hole without reading as zeroes, or dirty in an exposed bitmap, is DATA with source NOT_COUNTED.
+        What is a hole without reading as zeroes, or dirty in an exposed bitmap, is DATA with source NOT_COUNTED; zeroes
+        that are no hole have source WRITTEN_ZERO.
         """
         if offset >= self._size:
             return Extent(offset, length, ZERO)
@@ -351,10 +352,11 @@ class NbdNode(Node):
         return np.append(sizes[:first], rest), np.append(states[:first], 0)
 
     def _meaning(self, flags: int) -> tuple[int, int]:
-        """(kind, source) for status flags."""
-        if self._context_name == BASE_ALLOCATION and flags & wire.STATE_ZERO:
-            return ZERO, 0
-        return DATA, NOT_COUNTED if flags & wire.STATE_HOLE else 0
+        """(kind, source) for status flags; those of other contexts are shown as if they were the allocation's."""
+        zero, hole = flags & wire.STATE_ZERO, flags & wire.STATE_HOLE
+        if self._context_name == BASE_ALLOCATION and zero:
+            return ZERO, 0 if hole else WRITTEN_ZERO
+        return DATA, NOT_COUNTED if hole else WRITTEN_ZERO if zero else 0
 
     def _as_map(self, first: int, lengths: NDArray[np.int64], flags: NDArray[np.int64]) -> ExtentMap:
         import numpy as np
