@@ -167,7 +167,7 @@ class QuorumNode(Node):
             self.limits = Limits(*(max(column) for column in zip(*limits, strict=True)))._replace(
                 max_transfer=min((one.max_transfer for one in limits if one.max_transfer), default=0))  # fmt: skip
 
-    def child_moved(self, child: Child) -> None:
+    def child_moved(self, child: Child, before: Node) -> None:
         self.members_changed()
 
     # -- size -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from ..units import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ..graph.child import Child
     from ..io.extentmap import ExtentMap
@@ -296,10 +296,20 @@ class FormatNode(Node):
         # Nobody else may change what this node's tables describe.
         return need, PERM_ALL & ~(PERM_WRITE | PERM_RESIZE)
 
-    def child_moved(self, child: Child) -> None:
-        if child.name != "backing":
-            raise NotSupported(f"driver {self.driver!r} cannot go on with another node as {child.name!r} while it is open",
-                               where=self.filename)  # fmt: skip
+    def holders(self) -> Iterable[object]:
+        """What besides the node uses a file below, by its attribute ``file``; some also tell it by ``report``."""
+        return ()
+
+    def child_moved(self, child: Child, before: Node) -> None:
+        if child.name == "backing":
+            return
+        edges = (edge for name, edge in self.children.items() if name != "backing")
+        self.report = next((edge.node.debug_event for edge in edges if edge.node.takes_events), None)
+        for part in (self, *self.holders()):
+            if getattr(part, "file", None) is before:
+                part.file = child.node  # type: ignore[attr-defined]
+            if hasattr(part, "report"):
+                part.report = self.report
 
     def inactivate(self) -> None:
         if not self.read_only and self.failure is None:

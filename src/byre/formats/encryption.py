@@ -26,29 +26,29 @@ __all__ = ["NodeArea", "creation_secret", "given_secret", "legacy_cipher", "make
 class NodeArea:
     """A part of a node as a header area (:class:`byre.crypto.luks.Area`).
 
-    :param start: where the area begins in ``node``
+    :param start: where the area begins in ``file``
     :param length: what may be read and written; ``None`` for all there is
     """
 
-    def __init__(self, node: Node, start: int = 0, length: int | None = None) -> None:
-        self._node = node
+    def __init__(self, file: Node, start: int = 0, length: int | None = None) -> None:
+        self.file = file
         self._start = start
         self._length = length
 
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
         inside = length if self._length is None else max(0, min(length, self._length - offset))
-        self._node.read_into(self._start + offset, memoryview(data)[:inside])
+        self.file.read_into(self._start + offset, memoryview(data)[:inside])
         return bytes(data)
 
     def write(self, offset: int, data: bytes) -> None:
         if self._length is not None and offset + len(data) > self._length:
             raise ImageError(f"the encryption header of {self._length} bytes has no room for {len(data)} bytes at "
-                             f"{offset:#x}", where=self._node.filename)  # fmt: skip
-        self._node.write_from(self._start + offset, memoryview(data))
+                             f"{offset:#x}", where=self.file.filename)  # fmt: skip
+        self.file.write_from(self._start + offset, memoryview(data))
 
     def flush(self) -> None:
-        self._node.flush()
+        self.file.flush()
 
 
 def given_secret(request: OpenRequest, option: str) -> bytes:

@@ -100,6 +100,10 @@ class FlatMap:
         self.freed: list[tuple[int, int]] = []
         self._dirty: set[int] = set()
 
+    def holders(self) -> tuple[object, ...]:
+        """As :meth:`byre.formats.base.FormatNode.holders`."""
+        return (self,)
+
     def load(self) -> None:
         """:raises ImageError: the table does not lie within the file"""
         self.entries = decode_entries(read_exactly(self.file, self.table_offset, 4 * self.count, "block map"))

@@ -155,6 +155,9 @@ class LuksNode(FormatNode):
         self._payload = volume.payload_offset
         self.refresh_size()
 
+    def holders(self) -> tuple[object, ...]:
+        return (self.area,)
+
     def refresh_size(self) -> None:
         self.file.refresh_size()
         # Part of a sector cannot be decrypted.

@@ -45,6 +45,7 @@ class DiskMap(Protocol):
     def unmap(self, offset: int, length: int, zero: bool, keep: bool) -> int: ...
     def write_back(self) -> None: ...
     def release(self, host: int, count: int) -> None: ...
+    def holders(self) -> tuple[object, ...]: ...
 
 
 class MappedNode(StoredFormat):
@@ -68,6 +69,9 @@ class MappedNode(StoredFormat):
         """Join the file; the last step of opening but for what may fail behind it."""
         request.opener.adopt(self)  # so that a failure from here on leaves no edge behind
         self.sources = (request.opener.graph.attach(self, "file", self.file, "data"),)
+
+    def holders(self) -> tuple[object, ...]:
+        return self.map.holders()
 
     # -- what a format adds -----------------------------------------------------------------------
 

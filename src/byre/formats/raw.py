@@ -323,7 +323,7 @@ class RawNode(Node):
 
     # -- permissions and reopening ----------------------------------------------------------------
 
-    def child_moved(self, child: Child) -> None:
+    def child_moved(self, child: Child, before: Node) -> None:
         self._file = child.node
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:

@@ -88,6 +88,10 @@ class TwoLevelMap:
         self._per_slice = length // 8
         self._slice_span = self._per_slice * shape.cluster_size
 
+    def holders(self) -> tuple[object, ...]:
+        """As :meth:`byre.formats.base.FormatNode.holders`."""
+        return self, self.l2
+
     def load(self) -> None:
         """:raises ImageError: the L1 table does not lie within the file"""
         self.l1 = decode_words(read_exactly(self.file, self.l1_offset, 8 * self.l1_count, "L1 table"), self.shape.order)

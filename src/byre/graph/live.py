@@ -110,7 +110,7 @@ class Rewiring:
             return
         parent.children[child.name] = child
         if before is not None:
-            parent.child_moved(child)
+            parent.child_moved(child, before)
 
     def __enter__(self) -> Rewiring:
         self._graph.lock.acquire()

@@ -187,7 +187,7 @@ class Node:
 
     def direct_range(self, offset: int, length: int) -> tuple[int, int, Callable[[], None] | None] | None:
         """(descriptor, offset, give back) where a range can be read past the page cache, into memory at a multiple of
-        4 KiB; or ``None``. What is to be given back, once the read has ended, keeps the place from being used otherwise.
+        4 KiB; or ``None``. What is to be given back, once the read has ended, keeps the place from other uses.
         """
         return None
 
@@ -280,9 +280,10 @@ class Node:
         :raises Busy: somebody outside the graph holds what is asked
         """
 
-    def child_moved(self, child: Child) -> None:
+    def child_moved(self, child: Child, before: Node) -> None:
         """``child`` leads to another node now; no request is under way.
 
+        :param before: where it led until now
         :raises NotSupported: the node holds on to what the old one was
         """
 

@@ -16,6 +16,7 @@ from ..readonly import ReadOnlyFormat
 from . import layout
 
 if TYPE_CHECKING:
+    from ...graph.child import Child
     from ...graph.node import Node
     from ...graph.opening import OpenFlags, OpenRequest
     from .layout import Section, Volume
@@ -116,6 +117,11 @@ class EwfNode(ReadOnlyFormat):
         self._chunks = ChunkCache()
         self.goes_on = True
         self.add_segment(file, 1)
+
+    def child_moved(self, child: Child, before: Node) -> None:
+        super().child_moved(child, before)
+        if child in self.sources:
+            self.segments[self.sources.index(child)] = child.node
 
     # -- walking ----------------------------------------------------------------------------------
 

@@ -107,6 +107,10 @@ class BundleNode(Node):
             sources += [layer.children["file"] for layer in chain.layers(node)]
         self.sources, self._first_source = tuple(sources), tuple(first)
 
+    def child_moved(self, child: Child, before: Node) -> None:
+        if self.active:
+            self.find_sources()
+
     @property
     def size(self) -> int:
         return self.descriptor.size

@@ -26,7 +26,7 @@ from .snapshot_ability import WithSnapshots
 from .unmapping import unmap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ...crypto.luks import Volume
     from ...crypto.luks_slots import SlotChange
@@ -478,11 +478,11 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
                 self.store_bitmaps()
                 self._guarded(self.settle)
 
-    def child_moved(self, child: Child) -> None:
-        if child.name == "file":
-            from .opening import lead_to
-
-            lead_to(self, child.node)
+    def holders(self) -> Iterable[object]:
+        found = [self.mapping, self.mapping.l2]
+        if self.refcounts is not None:
+            found += [self.refcounts, self.refcounts.blocks]
+        return found if self.area is None else [*found, self.area]
 
     def child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         from ...graph.node import PERM_ALL, PERM_READ

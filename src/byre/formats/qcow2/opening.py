@@ -107,14 +107,6 @@ def check_usable(header: layout.Header, read_only: bool, where: str) -> None:
                       hint='run "byre check -r all"')  # fmt: skip
 
 
-def lead_to(node: Qcow2Node, file: Node) -> None:
-    """The metadata is in ``file`` from now on, which holds the same bytes; no request is under way."""
-    node.file = node.mapping.file = node.mapping.l2.file = file
-    if node.refcounts is not None:
-        node.refcounts.file = node.refcounts.blocks.file = file
-    node.report = file.debug_event if file.takes_events else None
-
-
 def _attach_data_file(request: OpenRequest, node: Qcow2Node) -> None:
     """The external data file: named by the user, or by the image and then let through the gate."""
     recorded = layout.find_extension(node.extensions, layout.EXTENSION_DATA_FILE)

@@ -72,6 +72,14 @@ class VhdxNode(StoredFormat):
             main = self.children["file"]
             self.sources = (main if view is self.file else Child(view, "file", "data", self),)
 
+    def holders(self) -> tuple[object, ...]:
+        return self.journal, self.mapping, self.mapping.table, self.view
+
+    def child_moved(self, child: Child, before: Node) -> None:
+        super().child_moved(child, before)
+        if self.view is before:
+            self.view = child.node
+
     @property
     def has_zero_init(self) -> bool:
         return not self.mapping.fixed or self.file.has_zero_init

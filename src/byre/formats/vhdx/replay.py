@@ -74,7 +74,7 @@ class ReplayedFile(Node):
     def __init__(self, below: Node, entries: list[Entry]) -> None:
         super().__init__(filename=below.filename, read_only=True)
         self.driver = below.driver
-        self._below = below
+        self.file = below
         self._pages: dict[int, tuple[int, bytes]] = {}
         self._zeroed: list[tuple[int, int, int]] = []
         end = below.size
@@ -96,7 +96,7 @@ class ReplayedFile(Node):
         return self._size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._below.read_into(offset, buffer)
+        self.file.read_into(offset, buffer)
         end = offset + len(buffer)
         for start, stop, _ in self._zeroed:
             first, last = max(start, offset), min(stop, end)
@@ -117,14 +117,14 @@ class ReplayedFile(Node):
     def block_status(self, offset: int, length: int) -> Extent:
         if self._is_changed(offset, offset + length):
             return Extent(offset, length, DATA, offset)
-        return self._below.block_status(offset, length)
+        return self.file.block_status(offset, length)
 
     def extents(self, offset: int, length: int) -> ExtentMap:
         from ...io.extentmap import ExtentMap
 
         if self._is_changed(offset, offset + length):
             return ExtentMap.single(offset, length, DATA, offset)
-        return self._below.extents(offset, length)
+        return self.file.extents(offset, length)
 
     def allocated_size(self) -> int:
-        return self._below.allocated_size()
+        return self.file.allocated_size()

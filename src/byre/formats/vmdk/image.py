@@ -21,7 +21,7 @@ from .extents import DiskExtent, PlainExtent, SparseExtent, find_extent
 from .layout import ZERO_GRAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ...graph.child import Child
     from ...graph.node import Node
@@ -87,6 +87,12 @@ class VmdkNode(StoredFormat):
         self.cluster_size = max(grains, default=_PLAIN_UNIT)
         self.zero_unit = max(grains, default=1)
         self.table_span = max((extent.span for extent in extents if isinstance(extent, SparseExtent)), default=0)
+
+    def holders(self) -> Iterator[object]:
+        for extent in self.extents_of_disk:
+            yield extent
+            if isinstance(extent, SparseExtent):
+                yield from (extent.tables, extent.allocator)
 
     # -- what the disk is -------------------------------------------------------------------------
 

@@ -46,6 +46,9 @@ class VpcNode(StoredFormat):
         self.zero_unit = SECTOR
         self._size = mapping.size
 
+    def holders(self) -> tuple[object, ...]:
+        return (self.mapping,)
+
     @property
     def is_differencing(self) -> bool:
         return self.footer.disk_type == layout.DIFFERENCING
