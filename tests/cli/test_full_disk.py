@@ -122,3 +122,20 @@ def test_the_peer_finds_no_damage_either(small: Path, qemu_img: Run) -> None:
     for start in range(0, 16, 3):
         run(small, "io", "-c", f"write -P 7 {start}M 2M", "-c", f"write -z {start}M 512k", "image")
     assert qemu_img("check", small / "image", check=False).returncode in (0, 3)
+
+
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+@pytest.mark.parametrize("verb", ["mirror", "backup"])
+def test_a_job_that_fails_leaves_none_of_the_files_of_its_target(tmp_path: Path, source: Path, verb: str,
+                                                                 subformat: str) -> None:  # fmt: skip
+    target = tmp_path / "target"
+    target.mkdir()
+    words = [verb, "-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}", str(source), "disk.vmdk"]
+    done = run(target, *words, length=4 * MIB)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert list(target.iterdir()) == []
+    done = subprocess.run([*BYRE, *words], cwd=target, env={**os.environ, "BYRE_UNTRUSTED": "1"})
+    assert done.returncode == 0  # what was made on the user's word may be opened
+    assert len(list(target.iterdir())) == 2

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..graph.node import Node
     from ..image import Image
+    from ..jobs.convert import MadeFiles
     from ..jobs.job import Job
 
 __all__ = ["ERROR_SWITCHES", "TARGET_SWITCHES", "Target", "Watch", "error_policies", "print_options", "record_backing"]
@@ -77,8 +78,6 @@ class Target:
     """
 
     def __init__(self, given: common.Given, source: Image, options: dict[str, str]) -> None:
-        from ..jobs.convert import MadeFiles
-
         self._given = given
         self._source = source
         self._options = options
@@ -90,17 +89,22 @@ class Target:
             raise AlreadyExists("the journal of an unfinished job is there", where=journal,
                                 hint="go on with --resume, or delete it to begin anew")  # fmt: skip
         self._kept = bool(journal)
-        self._new = not given.has("no-create") and not self._resumed
-        self._format = given.last("output-format", "" if given.has("no-create") else source.format)
-        self._made = MadeFiles(self._name, options)
+        #: Made by this run or the one before.
+        self._ours = not given.has("no-create")
+        self._new = self._ours and not self._resumed
+        self._format = given.last("output-format", source.format if self._ours else "")
+        self._made: MadeFiles | None = None
         self._image: Image | None = None
 
     def __enter__(self) -> Image:
-        from ..jobs.convert import check_not_source
+        from ..jobs.convert import MadeFiles, check_not_source
 
         check_not_source([self._source], self._name)
+        if self._new:
+            self._check_backing()
+            self._made = MadeFiles(self._name, self._options, self._companions())
         try:
-            if self._new:
+            if self._made is not None:
                 self._create()
                 self._made.begun = True
             self._image = self._open()
@@ -109,16 +113,26 @@ class Target:
             self._remove(error)
             raise
 
+    def _check_backing(self) -> None:
+        """:raises NotSupported: the format has none, but is to"""
+        if "backing_file" in self._options and "backing_file" not in declared_options(self._format):
+            raise NotSupported(f"backing file not supported for file format {self._format!r}",
+                               hint="choose another with -O")  # fmt: skip
+
+    def _creation(self) -> dict[str, object]:
+        return {**self._options, "size": align_up(self._source.size, SECTOR)}
+
+    def _companions(self) -> list[str]:
+        """Files that the target consists of, besides the one the user names."""
+        from ..graph.creating import companions
+
+        return companions(self._format, self._name, self._creation())
+
     def _create(self) -> None:
         from ..graph.creating import create
 
-        declared = declared_options(self._format)
-        if "backing_file" in self._options and "backing_file" not in declared:
-            raise NotSupported(f"backing file not supported for file format {self._format!r}",
-                               hint="choose another with -O")  # fmt: skip
-        size = align_up(self._source.size, SECTOR)
         try:
-            create(self._name, self._format, options={**self._options, "size": size},
+            create(self._name, self._format, options=self._creation(),
                    policy=common.policy(self._given), secrets=self._given.secrets())  # fmt: skip
         except ByreError as error:
             error.where = error.where or self._name
@@ -126,9 +140,10 @@ class Target:
 
     def _open(self) -> Image:
         policy = common.policy(self._given)
-        if self._new or self._resumed:
+        if self._ours:
             # What the user put into the target is his word.
-            names = [self._options[key] for key in ("backing_file", "data_file") if self._options.get(key)]
+            names = [self._options["backing_file"]] if self._options.get("backing_file") else []
+            names += self._companions()
             policy = policy._replace(named=tuple((self._name, name) for name in names))
         return common.open_image(
             self._name, self._given, format=self._format, image_opts=False, read_only=False,
@@ -151,7 +166,7 @@ class Target:
     def _remove(self, error: BaseException) -> None:
         if self._kept and os.path.exists(common.journal_path(self._given)):
             common.warn(f"{self._name} is kept: the same command with --resume goes on")
-        elif self._new:
+        elif self._made is not None:
             left = self._made.remove(error)
             if left:
                 common.warn(left)
