@@ -11,7 +11,7 @@ from time import sleep
 import pytest
 
 import byre
-from byre.errors import Busy, ByreError, InvalidArgument, IOFailure, NoSpace, NotSupported, ReadOnly
+from byre.errors import Busy, ByreError, InvalidArgument, IOFailure, NoSpace, NotFound, NotSupported, ReadOnly
 from byre.graph import blockers, chain, live
 from byre.graph.external import NewOverlay, append, snapshot
 from byre.graph.graph import Graph
@@ -119,6 +119,41 @@ def test_an_overlay_that_is_there() -> None:
     with byre.open("disk", read_only=False) as image:
         snapshot(image.graph, [NewOverlay(image, "over", mode="existing")])
         assert image.read(0, 5) == b"onew\0"
+
+
+ENCRYPTED = {"encrypt.format": "luks", "encrypt.key-secret": "s", "encrypt.iter-time": 10}
+SECRETS = {"s": b"pass"}
+
+
+def test_an_encrypted_overlay() -> None:
+    make("disk")
+    with byre.open("disk", read_only=False) as image:
+        image.write(0, b"old")
+        with pytest.raises(NotFound, match="'s'"):
+            snapshot(image.graph, [NewOverlay(image, "over", options=ENCRYPTED)])
+        assert not Path("over").exists()
+        snapshot(image.graph, [NewOverlay(image, "over", options=ENCRYPTED)], secrets=SECRETS)
+        image.write(4096, b"secret" * 100)
+        assert image.read(0, 3) == b"old"
+    assert b"secret" not in Path("over").read_bytes()
+    with byre.open("disk", read_only=False) as image:
+        again = NewOverlay(image, "over", mode="existing", options={"encrypt.key-secret": "s"})
+        snapshot(image.graph, [again], secrets=SECRETS)
+        assert image.read(4096, 6) == b"secret"
+
+
+def test_an_overlay_of_several_files_goes_with_all_of_them() -> None:
+    make("disk")
+    make("other")
+    graph = Graph()
+    with (
+        byre.open("disk", read_only=False, graph=graph) as image,
+        byre.open("other", read_only=False, graph=graph) as other,
+    ):
+        split = NewOverlay(image, "over.vmdk", "vmdk", options={"subformat": "twoGbMaxExtentSparse"})
+        with pytest.raises(ByreError):
+            snapshot(graph, [split, NewOverlay(other, "absent/over")])
+        assert sorted(path.name for path in Path().iterdir()) == ["disk", "other"]
 
 
 def test_refused_overlays() -> None:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Busy, ByreError, InvalidArgument, NotSupported
 from . import blockers
-from .creating import create
+from .creating import companions, create
 from .live import Rewiring, quiesce, supports_backing
-from .opening import Opener, OpenFlags, Policy, has_protocol
+from .opening import Opener, OpenFlags, Policy, has_protocol, resolve_backing
 from .relinking import flush_ahead
 from .reopening import set_read_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..crypto.secrets import SecretProvider
     from ..image import Image
     from .graph import Graph
     from .node import Node
@@ -36,7 +37,7 @@ class NewOverlay(NamedTuple):
     :ivar mode: "absolute-paths": it is created, naming the old layer by its absolute path; "existing": it is
         there, made for this, and its header is left alone
     :ivar node_name: of the overlay's node; "" to have one generated
-    :ivar options: creation options such as ``cluster_size``
+    :ivar options: creation options such as ``cluster_size``; of those of an overlay that exists, the names of secrets
     """
 
     node: Node | Image
@@ -108,9 +109,11 @@ def _protect(graph: Graph, node: Node) -> None:
         graph.warnings.append(f"the backing file stays writable: {error}")
 
 
-def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | None = None) -> list[Node]:
+def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | None = None,
+             secrets: SecretProvider | None = None) -> list[Node]:  # fmt: skip
     """Create (or open) an overlay for each disk and :func:`append` them all.
 
+    :param secrets: keys by the ids that options such as ``encrypt.key-secret`` name
     :returns: the overlays, which are the active layers now
     :raises ByreError: nothing has changed, and no file made here is left
     """
@@ -119,7 +122,11 @@ def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | N
     try:
         for wanted in overlays:
             blockers.check(graph, _node_of(wanted.node), "external-snapshot")
-            nodes.append(_open(graph, wanted, made, policy or Policy()))
+            if wanted.mode == "absolute-paths":
+                _create(wanted, made, policy or Policy(), secrets)
+            elif wanted.mode != "existing":
+                raise InvalidArgument(f"unknown mode {wanted.mode!r}: expected absolute-paths or existing")
+            nodes.append(_open(graph, wanted, policy or Policy(), secrets))
         append(graph, [(wanted.node, node) for wanted, node in zip(overlays, nodes, strict=True)])
     except BaseException:
         for node in nodes:
@@ -130,23 +137,29 @@ def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | N
     return nodes
 
 
-def _open(graph: Graph, wanted: NewOverlay, made: list[str], policy: Policy) -> Node:
+def _create(wanted: NewOverlay, made: list[str], policy: Policy, secrets: SecretProvider | None) -> None:
     node = _node_of(wanted.node)
-    if wanted.mode == "absolute-paths":
-        below = node.filename if has_protocol(node.filename) else os.path.abspath(node.filename)
-        new = not os.path.exists(wanted.filename)
-        options = {**wanted.options, "backing_file": below, "backing_fmt": _format(node)}
-        create(wanted.filename, wanted.format, node.size, options=options, check_backing=False, policy=policy)
-        if new:
-            made.append(wanted.filename)
-    elif wanted.mode != "existing":
-        raise InvalidArgument(f"unknown mode {wanted.mode!r}: expected absolute-paths or existing")
+    below = node.filename if has_protocol(node.filename) else os.path.abspath(node.filename)
+    options = {**wanted.options, "backing_file": below, "backing_fmt": _format(node), "size": node.size}
+    beside = companions(wanted.format, wanted.filename, options)
+    paths = [wanted.filename, *(resolve_backing(wanted.filename, name) for name in beside)]
+    new = [path for path in paths if not os.path.exists(path)]
+    create(wanted.filename, wanted.format, options=options, check_backing=False, policy=policy, secrets=secrets)
+    made += new
+
+
+def _open(graph: Graph, wanted: NewOverlay, policy: Policy, secrets: SecretProvider | None) -> Node:
     given: dict[str, object] = {"driver": wanted.format, "file": {"driver": "file", "filename": wanted.filename},
                                 "backing": None}  # fmt: skip
+    given |= {key: value for key, value in wanted.options.items() if key.endswith("key-secret")}
     if wanted.node_name:
         given["node-name"] = wanted.node_name
-    flags: OpenFlags = getattr(node, "open_flags", OpenFlags())
-    return Opener(graph, policy).open_chain(given, flags._replace(read_only=False, no_backing=True))
+    # What the caller puts into the overlay is his word.
+    if wanted.options.get("data_file"):
+        policy = policy._replace(named=(*policy.named, (wanted.filename, str(wanted.options["data_file"]))))
+    flags: OpenFlags = getattr(_node_of(wanted.node), "open_flags", OpenFlags())
+    opener = Opener(graph, policy, secrets)
+    return opener.open_chain(given, flags._replace(read_only=False, no_backing=True))
 
 
 def _format(node: Node) -> str:
