@@ -173,3 +173,20 @@ def test_refusals(capsys: Output, arguments: list[str], part: str) -> None:
     assert captured.out == ""
     assert part in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_offsets_are_those_of_the_file_that_is_named(tmp_path: Path, capsys: Output) -> None:
+    """Also where the image lies in a slice of it; where another image lies between, there are none."""
+    create("-f", "qcow2", "a", "1M")
+    io("a", "write 64k 64k")
+    (plain,) = [row for row in json.loads(run(capsys, "--output=json", "a")) if row["data"]]
+    (tmp_path / "b").write_bytes(bytes(1536) + (tmp_path / "a").read_bytes())
+    slice_of = "driver=qcow2,file.driver=raw,file.offset=1024,file.file.driver=raw,file.file.offset=512,"
+    options = (*"--image-opts --output=json".split(), slice_of + "file.file.file.filename=b")
+    (sliced,) = [row for row in json.loads(run(capsys, *options)) if row["data"]]
+    assert sliced["offset"] == plain["offset"] + 1536
+    create("-f", "qcow2", "c", "2M")
+    assert main(["convert", "-n", "-f", "raw", "-O", "qcow2", "a", "c"]) == 0
+    options = (*options[:2], "driver=qcow2,file.driver=qcow2,file.file.filename=c")
+    (nested,) = [row for row in json.loads(run(capsys, *options)) if row["data"]]
+    assert "offset" not in nested

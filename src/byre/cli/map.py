@@ -150,21 +150,36 @@ def _step(layers: list[Node], holes: list[tuple[int, int, Holes]]) -> int:
 
 
 class _FileNames:
-    """Numbers for the files under the layers: ``of[depth]`` lists them by data child."""
+    """Numbers for the files under the layers.
+
+    :ivar of: by depth and data child: (number of the file's name, where in the file the child begins); the number is -1
+        where the child is an image itself, whose offsets mean nothing to others
+    """
 
     def __init__(self, layers: list[Node], names: list[str]) -> None:
-        self.of: list[list[int]] = []
+        self.of: list[list[tuple[int, int]]] = []
         for layer in layers:
+            files = [_file_below(edge.node) for edge in getattr(layer, "sources", ())] or [(layer, 0)]
             numbers = []
-            for edge in getattr(layer, "sources", ()):
-                name = edge.node.filename
-                if name not in names:
-                    names.append(name)
-                numbers.append(names.index(name))
-            if not numbers:
-                names.append(layer.filename)
-                numbers = [len(names) - 1]
+            for node, begin in files:
+                if node is not layer and node.kind == "format":
+                    numbers.append((-1, 0))
+                    continue
+                if node is layer or node.filename not in names:
+                    names.append(node.filename)
+                numbers.append((names.index(node.filename), begin))
             self.of.append(numbers)
+
+
+def _file_below(node: Node) -> tuple[Node, int]:
+    """What lies below slices of files, and where in it they begin."""
+    from ..formats.raw import RawNode
+
+    begin = 0
+    while isinstance(node, RawNode):
+        begin += node.base
+        node = node.children["file"].node
+    return node, begin
 
 
 def _holes(layers: list[Node]) -> list[tuple[int, int, Holes]]:
@@ -213,12 +228,17 @@ def _classified(extents: ExtentMap, layers: list[Node], index: _FileNames, holes
     kind |= np.where(in_holes, _ZERO, 0)
     kind |= np.where(extents.source == WRITTEN_ZERO, _ZERO | _DATA, 0)
     kind |= np.where(extents.kind == COMPRESSED, _COMPRESSED, 0)
-    kind |= np.where(present, _PRESENT, 0) | np.where(placed, _HAS_OFFSET, 0)
     file = np.full(len(extents), -1, np.int64)
+    host = np.where(placed, extents.host, 0)
     for level, numbers in enumerate(index.of):
-        for source, number in enumerate(numbers):
-            file[placed & (depth == level) & (np.maximum(extents.source, 0) == source)] = number
-    return Rows(extents.offset, extents.length, kind, depth, np.where(placed, extents.host, 0), file)
+        for source, (number, begin) in enumerate(numbers):
+            chosen = placed & (depth == level) & (np.maximum(extents.source, 0) == source)
+            if number < 0:
+                placed &= ~chosen
+            file[chosen] = number
+            host[chosen] += begin
+    kind |= np.where(present, _PRESENT, 0) | np.where(placed, _HAS_OFFSET, 0)
+    return Rows(extents.offset, extents.length, kind, depth, np.where(placed, host, 0), file)
 
 
 def _cut(
