@@ -182,7 +182,7 @@ def test_offsets_are_those_of_the_file_that_is_named(tmp_path: Path, capsys: Out
     (plain,) = [row for row in json.loads(run(capsys, "--output=json", "a")) if row["data"]]
     (tmp_path / "b").write_bytes(bytes(1536) + (tmp_path / "a").read_bytes())
     slice_of = "driver=qcow2,file.driver=raw,file.offset=1024,file.file.driver=raw,file.file.offset=512,"
-    options = (*"--image-opts --output=json".split(), slice_of + "file.file.file.filename=b")
+    options = ("--image-opts", "--output=json", slice_of + "file.file.file.filename=b")
     (sliced,) = [row for row in json.loads(run(capsys, *options)) if row["data"]]
     assert sliced["offset"] == plain["offset"] + 1536
     create("-f", "qcow2", "c", "2M")
