@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .node import Node
 
-__all__ = ["NewHeader", "backing_edges", "backing_name", "change_backing_file", "check_header", "cut_short",
-           "drop_intermediate", "flush_ahead", "overlays_of", "writable"]  # fmt: skip
+__all__ = ["NewHeader", "Relinked", "backing_edges", "backing_name", "change_backing_file", "check_header", "cut_short",
+           "drop_intermediate", "dropped", "flush_ahead", "overlays_of", "shortened", "writable"]  # fmt: skip
 
 
 class NewHeader(NamedTuple):
@@ -116,6 +116,58 @@ def overlays_of(node: Node) -> list[Node]:
     return found
 
 
+class Relinked:
+    """Overlays that stand on another layer, in the graph and in their headers, until :meth:`finish` or :meth:`undo`.
+
+    They read the same either way. The layers they stood on stay open until then.
+
+    :raises ByreError: nothing has changed
+    """
+
+    def __init__(self, graph: Graph, overlays: Sequence[Node], below: Node | None, backing_file: str | None) -> None:
+        self._graph = graph
+        headers = {overlay: _header_for(overlay, below, backing_file) for overlay in overlays}
+        self._old_headers = {overlay: _recorded(overlay) for overlay in overlays}
+        self._before = {overlay: _backing(overlay) for overlay in overlays}
+        flush_ahead(overlays)
+        self._lead(headers, dict.fromkeys(overlays, below))
+
+    def _lead(self, headers: dict[Node, NewHeader], targets: dict[Node, Node | None]) -> None:
+        graph = self._graph
+        with quiesce(graph, targets), _headers(graph, headers), Rewiring(graph) as change:
+            for overlay, below in targets.items():
+                lead_backing(change, graph, overlay, below)
+
+    def finish(self) -> None:
+        """It stays so: what nobody uses any more is closed."""
+        for node in dict.fromkeys(self._before.values()):
+            if node is not None and not node.closed:
+                self._graph.release(node)
+
+    def undo(self) -> None:
+        """:raises ByreError: it stays so after all"""
+        self._lead(self._old_headers, self._before)
+
+
+def _header_for(overlay: Node, below: Node | None, backing_file: str | None) -> NewHeader:
+    """:raises ByreError: the overlay cannot be led to ``below``"""
+    header = backing_name(overlay, below)
+    if backing_file is not None:
+        header = NewHeader(backing_file, header.format if backing_file else "")
+    check_header(overlay, header)
+    if "backing" in overlay.children:
+        check_unfrozen(overlay.children["backing"])
+    return header
+
+
+def _recorded(overlay: Node) -> NewHeader:
+    return NewHeader(getattr(overlay, "backing_name", ""), getattr(overlay, "backing_format", ""))
+
+
+def _backing(overlay: Node) -> Node | None:
+    return overlay.children["backing"].node if "backing" in overlay.children else None
+
+
 def drop_intermediate(graph: Graph, top: Node, base: Node, *, backing_file: str | None = None) -> None:
     """Every overlay of ``top`` has ``base`` as its backing file from now on, in its header too; what lies between
     is closed where nobody else uses it.
@@ -126,6 +178,11 @@ def drop_intermediate(graph: Graph, top: Node, base: Node, *, backing_file: str 
     :raises InvalidArgument: ``base`` is not below ``top``, or ``top`` has no overlay
     :raises ByreError: nothing has changed
     """
+    dropped(graph, top, base, backing_file=backing_file).finish()
+
+
+def dropped(graph: Graph, top: Node, base: Node, *, backing_file: str | None = None) -> Relinked:
+    """As :func:`drop_intermediate`, for those who may have to undo it."""
     top, base = chain.skip_filters(top), chain.skip_filters(base)
     layers = chain.layers(top)
     if base not in layers[1:]:
@@ -135,17 +192,22 @@ def drop_intermediate(graph: Graph, top: Node, base: Node, *, backing_file: str 
         raise InvalidArgument(f"node {top.name!r} is not the backing file of another", where=top.filename)
     # With the filters that belong to the base.
     below = layers[layers.index(base) - 1].children["backing"].node
-    _relink(graph, overlays, below, backing_file)
+    return Relinked(graph, overlays, below, backing_file)
 
 
 def cut_short(graph: Graph, overlay: Node, base: Node | None, *, backing_file: str | None = None) -> None:
     """``overlay`` alone skips what lies between it and ``base`` (everything below without one).
 
-    It reads the same either way.
+    It reads the same either way. What lies between is closed where nobody else uses it.
 
     :param backing_file: as its header is to have it; derived if left out
     :raises ByreError: nothing has changed
     """
+    shortened(graph, overlay, base, backing_file=backing_file).finish()
+
+
+def shortened(graph: Graph, overlay: Node, base: Node | None, *, backing_file: str | None = None) -> Relinked:
+    """As :func:`cut_short`, for those who may have to undo it."""
     overlay = chain.skip_filters(overlay)
     below = None
     if base is not None:
@@ -154,28 +216,7 @@ def cut_short(graph: Graph, overlay: Node, base: Node | None, *, backing_file: s
         if base not in layers[1:]:
             raise InvalidArgument(f"node {base.name!r} is not below {overlay.name!r}", where=base.filename)
         below = layers[layers.index(base) - 1].children["backing"].node
-    _relink(graph, [overlay], below, backing_file)
-
-
-def _relink(graph: Graph, overlays: Sequence[Node], below: Node | None, backing_file: str | None) -> None:
-    headers = {}
-    for overlay in overlays:
-        header = backing_name(overlay, below)
-        if backing_file is not None:
-            header = NewHeader(backing_file, header.format if backing_file else "")
-        check_header(overlay, header)
-        edge = overlay.children.get("backing")
-        if edge is not None:
-            check_unfrozen(edge)
-        headers[overlay] = header
-    before = [overlay.children["backing"].node for overlay in overlays if "backing" in overlay.children]
-    flush_ahead(overlays)
-    with quiesce(graph, overlays), _headers(graph, headers), Rewiring(graph) as change:
-        for overlay in overlays:
-            lead_backing(change, graph, overlay, below)
-    for node in dict.fromkeys(before):
-        if not node.closed:
-            graph.release(node)
+    return Relinked(graph, [overlay], below, backing_file)
 
 
 @contextmanager
@@ -184,7 +225,7 @@ def _headers(graph: Graph, wanted: dict[Node, NewHeader]) -> Iterator[None]:
     done: list[tuple[Node, NewHeader]] = []
     try:
         for node, header in wanted.items():
-            old = NewHeader(getattr(node, "backing_name", ""), getattr(node, "backing_format", ""))
+            old = _recorded(node)
             _write_header(graph, node, header)
             done.append((node, old))
         yield

@@ -1,9 +1,10 @@
-"""What lies above a base, range by range: the walk that stream and commit of layers share."""
+"""What stream and commit of layers share: the walk over what lies above a base, range by range; changing one's mind."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from ..errors import ByreError
 from ..graph import chain
 from ..io.extent import UNALLOCATED, ZERO
 from .stride import Stride
@@ -11,12 +12,14 @@ from .stride import Stride
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..graph.graph import Graph
     from ..graph.node import Node
+    from ..graph.relinking import Relinked
     from ..image import Image
     from ..io.extentmap import ExtentMap
     from .job import Control
 
-__all__ = ["ranges_above"]
+__all__ = ["ranges_above", "take_back"]
 
 _ZERO_STEP: Final = 1 << 30
 
@@ -56,3 +59,14 @@ def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: i
 
 def _window(handle: Image, base: Node | None, offset: int, length: int) -> ExtentMap:
     return handle.within(lambda: chain.extents(handle.node, offset, length, base=base))
+
+
+def take_back(relinked: Relinked | None, graph: Graph) -> None:
+    """The chain is as it was, if that can be. If not, it reads the same all the same."""
+    if relinked is None:
+        return
+    try:
+        relinked.undo()
+    except ByreError as error:
+        graph.warnings.append(f"a chain stays short although the job failed: {error}")
+        relinked.finish()

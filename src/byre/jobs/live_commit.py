@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 from ..errors import AccessDenied, ByreError, InvalidArgument
 from ..graph import blockers, chain
 from ..graph.live import Frozen, Tolerated, quiesce
-from ..graph.relinking import NewHeader, backing_edges, backing_name, check_header, drop_intermediate, overlays_of
+from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, check_header, dropped, overlays_of
 from ..graph.reopening import set_read_only
 from ..image import Image
-from .above import ranges_above
+from .above import ranges_above, take_back
 from .blockcopy import CopySettings
 from .errors_policy import check_policy
 from .job import Job
@@ -68,6 +68,7 @@ class LiveCommitJob(Job):
         self._frozen = Frozen(graph, links, reason)
         self._tolerated = Tolerated(graph, edges)
         self._was_read_only = base.read_only
+        self._relinked: Relinked | None = None
         self._source: Image | None = None
         self._target: Image | None = None
 
@@ -131,7 +132,15 @@ class LiveCommitJob(Job):
     def prepare(self) -> None:
         """The headers are written here, which may fail."""
         self._frozen.release()
-        drop_intermediate(self._graph, self.top, self.base, backing_file=self.backing_file)
+        self._relinked = dropped(self._graph, self.top, self.base, backing_file=self.backing_file)
+
+    def commit(self) -> None:
+        if self._relinked is not None:
+            self._relinked.finish()
+
+    def abort(self) -> None:
+        """If another job of the transaction failed, the overlays stand on the old chain again."""
+        take_back(self._relinked, self._graph)
 
     def clean(self) -> None:
         try:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 from ..errors import ByreError, InvalidArgument
 from ..graph import blockers, chain
 from ..graph.live import Frozen, quiesce
-from ..graph.relinking import NewHeader, backing_edges, backing_name, check_header, cut_short
+from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, check_header, shortened
 from ..graph.reopening import set_read_only
 from ..image import Image
 from ..units import MIB
-from .above import ranges_above
+from .above import ranges_above, take_back
 from .behind import WriteBehind
 from .errors_policy import check_policy
 from .job import Job
@@ -65,6 +65,7 @@ class StreamJob(Job):
         self.on_error = check_policy(on_error)
         self._graph = graph
         self._failed: ByreError | None = None
+        self._relinked: Relinked | None = None
         if backing_file and self.base is None:
             raise InvalidArgument("a backing file name is given, but no base is to remain", where=node.filename)
         edges = backing_edges(node, self.base)
@@ -115,14 +116,20 @@ class StreamJob(Job):
         return length, moved
 
     def prepare(self) -> None:
-        """The header is written here, which may fail; that the chain is shorter then changes nothing to undo."""
+        """The header is written here, which may fail."""
         self._frozen.release()
         if "backing" in self.node.children:
-            cut_short(self._graph, self.node, self.base, backing_file=self.backing_file)
+            self._relinked = shortened(self._graph, self.node, self.base, backing_file=self.backing_file)
 
     def commit(self) -> None:
+        if self._relinked is not None:
+            self._relinked.finish()
         if self.journal is not None:
             self.journal.remove()
+
+    def abort(self) -> None:
+        """If another job of the transaction failed, the layer stands on its old chain again."""
+        take_back(self._relinked, self._graph)
 
     def clean(self) -> None:
         try:
