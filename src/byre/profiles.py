@@ -20,6 +20,7 @@ __all__ = ["PROFILES", "Finding", "Profile", "lint", "profile"]
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
 _TIB: Final = 1 << 40
+_STREAM: Final = "vmdk:streamOptimized"
 
 
 class Profile(NamedTuple):
@@ -50,7 +51,7 @@ class Profile(NamedTuple):
 PROFILES: Final = (
     Profile("azure", "Azure", "vpc", (("subformat", "fixed"), ("force_size", "on")), _MIB, 4095 * _GIB, ("vpc:fixed",),
             (".vhd",)),
-    Profile("hyperv", "Hyper-V", "vhdx", (("subformat", "dynamic"),), _MIB, 64 * _TIB, ("vhdx", "vpc"),
+    Profile("hyperv", "Hyper-V", "vhdx", (("subformat", "dynamic"),), 512, 64 * _TIB, ("vhdx", "vpc"),
             (".vhdx", ".vhd"), solid=True),
     Profile("esxi", "ESXi", "vmdk", (("subformat", "streamOptimized"), ("adapter_type", "lsilogic")), _MIB, 62 * _TIB,
             ("vmdk:streamOptimized", "vmdk:vmfs"), (".vmdk",)),
@@ -105,7 +106,7 @@ def _kind(image: Image) -> str:
 def _format(image: Image, place: Profile, convert: str) -> Iterator[Finding]:
     kind = _kind(image)
     if image.format in place.accepted or f"{image.format}:{kind}" in place.accepted:
-        if image.format == "vmdk" and kind == "streamOptimized":
+        if f"{image.format}:{kind}" == _STREAM and _STREAM in place.accepted:
             yield from _stream(image, convert)
         return
     wanted = ", ".join(word.replace(":", " ") for word in place.accepted)
@@ -163,7 +164,8 @@ def _named_well(name: str, place: Profile) -> bool:
 def _file(image: Image, place: Profile) -> Iterator[Finding]:
     name = image.filename
     if place.extensions and not _named_well(os.path.basename(name).lower(), place):
-        yield Finding(True, f"the name of the file must end in {' or '.join(place.extensions)}", "rename it")
+        wanted = " or ".join(f"end in {end}" if end.startswith(".") else f"be {end}" for end in place.extensions)
+        yield Finding(True, f"the name of the file must {wanted}", "rename it")
     edge = image.node.children.get("file")
     if edge is None:
         return

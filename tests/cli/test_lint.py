@@ -96,7 +96,7 @@ def test_a_file_for_hyperv_has_no_holes(source: bytes, capsys: pytest.CaptureFix
         ("azure", ["create", "-f", "vpc", "-o", "subformat=fixed,force_size=on", "x.img", "8M"], "must end in .vhd"),
         ("esxi", ["create", "-f", "vmdk", "x.vmdk", "8M"], "vmdk monolithicSparse; ESXi takes vmdk streamOptimized"),
         ("gcp", ["create", "-f", "raw", "disk.raw", "8M"], "no multiple of 1073741824"),
-        ("gcp", ["create", "-f", "raw", "mydisk.raw", "1G"], "must end in disk.raw"),
+        ("gcp", ["create", "-f", "raw", "mydisk.raw", "1G"], "must be disk.raw"),
         ("proxmox", ["create", "-f", "vhdx", "x.vhdx", "8M"], "the format is vhdx"),
         ("virtualbox", ["create", "-f", "vdi", "x.vdi", "3T"], "takes up to 2199023255552"),
     ],
@@ -179,3 +179,26 @@ def test_text_and_wrong_usage(source: bytes, capsys: pytest.CaptureFixture[str])
         assert main(arguments) == 1, arguments
         assert len(capsys.readouterr().err.splitlines()) <= 2
         assert not Path("y").exists()
+
+
+def test_places_that_say_nothing_of_sizes_take_any(source: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """The size of an old VHD is one of a geometry, a multiple of a sector only."""
+    assert main(["create", "-q", "-f", "vpc", "-o", "subformat=fixed", "disk.vhd", "5M"]) == 0
+    os.posix_fallocate(os.open("disk.vhd", os.O_RDWR), 0, os.stat("disk.vhd").st_size)
+    assert lint(capsys, "hyperv", "disk.vhd")[0] == 0
+    code, said = lint(capsys, "azure", "disk.vhd")
+    assert code == 1
+    assert "no multiple of 1048576" in said["findings"][0]["message"]
+
+
+def test_only_places_for_streams_mind_how_old_their_header_is(
+    source: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "source.img", "disk.vmdk"]) == 0
+    with open("disk.vmdk", "r+b") as file:
+        file.seek(4)
+        file.write(b"\1")
+    assert lint(capsys, "virtualbox", "disk.vmdk")[0] == 0
+    code, said = lint(capsys, "esxi", "disk.vmdk")
+    assert code == 1
+    assert any("version 1" in finding["message"] for finding in said["findings"])
