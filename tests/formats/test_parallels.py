@@ -249,6 +249,17 @@ def test_where_the_data_begin() -> None:
         assert header_of(memory).data_sector == 8
 
 
+def test_data_that_begin_between_two_clusters() -> None:
+    """Entries count clusters: nothing that is written there could be found again."""
+    memory = damaged(data_sector=9)
+    assert look(memory).corruptions == 1
+    with open_image(memory, "parallels") as image:
+        image.write(CLUSTER * 7, b"x" * CLUSTER)
+        assert image.read(0, 1) == b"0"
+        assert image.read(CLUSTER * 7, CLUSTER) == b"x" * CLUSTER
+    assert look(memory)[:3] == (0, 0, 0)
+
+
 def test_outside() -> None:
     memory = damaged(entries={1: 500, 2: 600})
     found = look(memory)

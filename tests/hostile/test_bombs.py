@@ -21,6 +21,7 @@ from byre.formats import asif, cloop, dmg, uimage, vma
 from byre.formats.ewf import layout as ewf
 from hostile import test_flat_formats as flat
 from hostile.test_hostile_images import Attempts, attempts, folder, judge
+from support.forged_vhd import Vhd, Vhdx
 
 __all__ = ["attempts", "folder"]
 
@@ -119,6 +120,22 @@ def _scattered() -> dict[int, bytes]:
     tables = struct.pack("<8192Q", *[(index + 1) << 32 for index in range(8192)])
     head = struct.pack("<4s3I5Q2I", b"QED\0", 4096, 16, 1, 0, 0, 0, 4096, 8192 * 8192 * 4096, 0, 0)
     return {0: head, 4096: tables}
+
+
+def _vpc(table: bytes) -> dict[int, bytes]:
+    made = Vhd(size=FULL * 4096, block_size=4096, max_entries=FULL)
+    return {0: made.footer() + made.header(1536, ()), 1536: table, 40 * MIB - 512: made.footer()}
+
+
+def _vhdx() -> dict[int, bytes]:
+    """Blocks of 256 MiB, each in its place, without anything in them."""
+    import numpy as np
+
+    made = Vhdx(size=24 * TIB, block_size=256 * MIB).build()
+    index = np.arange(24 * TIB // (256 * MIB), dtype=np.uint64)
+    table = np.zeros(len(index) + len(index) // 16 + 1, "<u8")
+    table[index + index // np.uint64(16)] = (index + np.uint64(1)) * np.uint64(256 * MIB) | np.uint64(6)
+    return {0: made, 2 * MIB: table.tobytes()}
 
 
 # -- streams --------------------------------------------------------------------------------------
@@ -374,6 +391,11 @@ CASES = (
                                                              33 * MIB), commands=(INFO, CHECK, PEEK)),
     Case("parallels: 8 million clusters outside", _parts(_parallels(b"\xff" * 4 * (FULL - 64)), 33 * MIB),
          commands=(INFO, CHECK, MAP, PEEK, CONVERT, MEND, WRITE), broken=True),
+    Case("vpc: 8 million blocks in one place", _parts(lambda: _vpc(struct.pack(">I", 65600) * FULL), 40 * MIB),
+         commands=(INFO, CHECK, PEEK)),
+    Case("vpc: 8 million blocks outside", _parts(lambda: _vpc(b"\xf0" * 4 * FULL), 40 * MIB),
+         commands=(INFO, CHECK, PEEK, CONVERT), broken=True),
+    Case("vhdx: terabytes of large blocks", _parts(_vhdx, 64 * TIB), commands=(INFO, CHECK, PEEK)),
     Case("parallels: two clusters, terabytes apart",
          _parts(_parallels(struct.pack("<2I", 4, 0xFFFFFFF0) + bytes(512)), 2 * TIB),
          commands=(*EVERY, WRITE, MEND)),

@@ -53,7 +53,7 @@ class ClusterSet:
         chunk = self._chunks.get(number)
         if chunk is None:
             if len(self._chunks) == _MAX_CHUNKS:
-                raise ImageError(f"the clusters in use are scattered over more than {_MAX_CHUNKS} million")
+                raise ImageError(f"what is in use is scattered over more than {_MAX_CHUNKS} million clusters")
             chunk = self._chunks[number] = np.zeros(1 << (_CHUNK_BITS - 3), np.uint8)
         within = clusters & ((1 << _CHUNK_BITS) - 1)
         # Only the bytes touched are unpacked.

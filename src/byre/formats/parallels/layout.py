@@ -74,7 +74,8 @@ class Header(NamedTuple):
         elif self.data_sector == 0:
             return least, True
         given = self.data_sector * SECTOR
-        return (given, True) if least <= given <= align_up(file_size, SECTOR) else (least, False)
+        fits = least <= given <= align_up(file_size, SECTOR) and given % self.entry_unit == 0
+        return (given, True) if fits else (least, False)
 
 
 def is_descriptor(head: bytes | bytearray) -> bool:

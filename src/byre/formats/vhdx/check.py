@@ -11,6 +11,7 @@ import numpy as np
 
 from ...units import MIB
 from ..abilities import CheckResult
+from ..clusterset import ClusterSet
 from . import layout
 from .mapping_bulk import payload_entries, suspects
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["check_image"]
 
 _WINDOW: Final = 1 << 17
+_UNITS: Final = 1 << 18
+"""Mebibytes that are looked at in one step."""
 _MESSAGES: Final = 1000
 """Findings that are told one by one."""
 
@@ -46,8 +49,7 @@ def check_image(node: VhdxNode, control: Control) -> CheckResult:
     node.replayed = False
     blocks = -(-mapping.size // mapping.block_size)
     control.total = blocks
-    # One bit for each mebibyte of the file; a block takes whole ones.
-    taken = np.zeros(-(-mapping.file.size // MIB) + 1, np.bool_)
+    taken = ClusterSet()  # of mebibytes of the file; a block takes whole ones
     for first in range(0, blocks, _WINDOW):
         count = min(_WINDOW, blocks - first)
         with node.lock:
@@ -57,7 +59,7 @@ def check_image(node: VhdxNode, control: Control) -> CheckResult:
     return CheckResult(corruptions=findings.count, corruptions_fixed=fixed, messages=tuple(findings.messages))
 
 
-def _check_window(node: VhdxNode, first: int, entries: NDArray[np.uint64], taken: NDArray[np.bool_],
+def _check_window(node: VhdxNode, first: int, entries: NDArray[np.uint64], taken: ClusterSet,
                   findings: _Findings) -> None:  # fmt: skip
     mapping = node.mapping
     state = (entries & np.uint64(layout.STATE_MASK)).astype(np.uint8)
@@ -73,11 +75,11 @@ def _check_window(node: VhdxNode, first: int, entries: NDArray[np.uint64], taken
     for row in reserved.tolist():
         findings.add(f"block {first + row}: table entry {int(entries[row]):#018x} has reserved bits set")
     per_block = mapping.block_size // MIB
-    units = (host[held] // MIB)[:, None] + np.arange(per_block)
-    flat = np.minimum(units.reshape(-1), len(taken) - 1)
-    again = taken[flat].reshape(units.shape).any(axis=1)
-    counts = np.bincount(flat, minlength=0)
-    taken[flat] = True
-    doubled = counts[flat].reshape(units.shape).max(axis=1, initial=0) > 1
-    for row in np.flatnonzero(held)[again | doubled].tolist():
-        findings.add(f"block {first + row}: its space at {int(host[row]):#x} is used by another block as well")
+    rows, step = np.flatnonzero(held), max(_UNITS // per_block, 1)
+    for at in range(0, len(rows), step):
+        part = rows[at : at + step]
+        units = (host[part] // MIB)[:, None] + np.arange(per_block)
+        again = taken.add(units.reshape(-1))
+        if len(again):
+            for row in part[np.isin(units, again).any(axis=1)].tolist():
+                findings.add(f"block {first + row}: its space at {int(host[row]):#x} is used by another block as well")

@@ -194,7 +194,7 @@ def check_parent(node: VhdxNode, below: Node) -> None:
     found = layout.guid_text(below.journal.header.data_write_guid)
     if found not in linkages:
         raise ImageError(f"the parent {below.filename!r} has data write GUID {found}, this image was made over "
-                         f"{linkages[0]}", where=node.filename,
+                         f"{linkages[0]!r}", where=node.filename,
                          hint="the parent was changed since, or is another disk")  # fmt: skip
 
 
