@@ -25,7 +25,7 @@ from conftest import Run, peer_program
 from support.nbd_talk import listens, serving, wait_until
 from vm.guest import Guest, find, make_disk
 
-pytestmark = [pytest.mark.oracle, pytest.mark.slow]
+pytestmark = pytest.mark.oracle
 
 BOOT_SECONDS = 240
 """It takes about ten on an idle machine."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError
 from . import checks, wire
+from .memory import Arena
 from .reads import PIECE, ReadAnswers
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Answers:
         self._link = link
         self._disk = disk
         self._replies = replies
+        self._share = share
         self._reads = ReadAnswers(link, disk, replies, share)
         self._contexts = contexts
         self._size = size
@@ -77,6 +79,29 @@ class Answers:
             return b""
         self._link.send(answer)
         return b""
+
+    def carry_out_apart(self, task: Task, scratch: Arena) -> None:
+        """:meth:`carry_out` in a worker's thread, which gives back what the payload occupied."""
+        try:
+            if not self.stopping:
+                self._carry_out_all(task, scratch)
+        except OSError:
+            pass  # the connection is gone; the receiving thread finds out as well
+        finally:
+            if task.held:
+                self._share.give_back(task.held)
+
+    def read_apart(self, request: Request) -> None:
+        """A read that could not be done directly after all.
+
+        :raises OSError: the connection broke
+        """
+        self._carry_out_all(Task(request), Arena(PIECE))
+
+    def _carry_out_all(self, task: Task, scratch: Arena) -> None:
+        owed = self.carry_out(task, scratch.view)
+        if owed:
+            self._link.send((owed,))
 
     def fail(self, request: Request, error: ByreError) -> None:
         """Answer that a request was not carried out."""

@@ -67,10 +67,11 @@ class Transmission:
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
         self._flight = Flight(MAX_REQUESTS)
-        self._workers: Workers[Task, Arena] = Workers(
-            self._carry_out_apart, lambda: Arena(PIECE), self._flight, name, WORKERS
-        )
         self._answers = Answers(link, disk, self._replies, share, agreement.contexts, self._size)
+        # Nothing below knows this object: its buffers are free as soon as it is, without a search for cycles.
+        self._workers: Workers[Task, Arena] = Workers(
+            self._answers.carry_out_apart, lambda: Arena(PIECE), self._flight, name, WORKERS
+        )
         self._direct = self._make_direct(name)
         self._input = Arena(IN_SIZE)
         self._output = Arena(OUT_SIZE)
@@ -92,7 +93,7 @@ class Transmission:
         if not self._disk.past_cache():
             return None
         try:
-            return DirectReads(self._link, self._disk, self._replies, MAX_REQUESTS, self._read_apart, name)
+            return DirectReads(self._link, self._disk, self._replies, MAX_REQUESTS, self._answers.read_apart, name)
         except OSError:
             return None
 
@@ -426,24 +427,3 @@ class Transmission:
             return False
         finally:
             self._disk.end(0, 0, 0, 0, 0)
-
-    def _read_apart(self, request: Request) -> None:
-        """A read that could not be done directly after all."""
-        owed = self._answers.carry_out(Task(request), Arena(PIECE).view)
-        if owed:
-            self._link.send((owed,))
-
-    # -- one request ------------------------------------------------------------------------------
-
-    def _carry_out_apart(self, task: Task, scratch: Arena) -> None:
-        """In a worker's thread."""
-        try:
-            if not self.stopping:
-                owed = self._answers.carry_out(task, scratch.view)
-                if owed:
-                    self._link.send((owed,))
-        except OSError:
-            pass  # the connection is gone; the receiving thread finds out as well
-        finally:
-            if task.held:
-                self._share.give_back(task.held)
