@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -145,6 +146,65 @@ def test_commit(keep: bool) -> None:
     assert read("base.raw") == shown
     assert read("top.qcow2") == shown
     assert not os.path.exists("journal")
+
+
+@pytest.mark.parametrize(("onto", "compress"), [("other", False), ("none", True)])
+def test_rebase(onto: str, compress: bool) -> None:
+    _, shown = chain()
+    Path("other.raw").write_bytes(content(3))
+    # No option of the command makes it slow; a filter does.
+    slow = "driver=throttle,throttling.bps-write=4M,file.driver=qcow2,file.file.filename=top.qcow2"
+    new = ("-b", "other.raw", "-F", "raw") if onto == "other" else ("-b", "")
+    options = (*(["-c"] if compress else []), "--journal", "journal")
+    run_and_kill("rebase", *new, *options, "--image-opts", slow, done=0)
+    first = done_bytes()
+    run_and_kill("rebase", *new, *options, "--resume", "--image-opts", slow, done=first)
+    assert 0 < first < done_bytes() < SIZE
+    assert read("top.qcow2") == shown
+    assert main(["rebase", *new, *options, "--resume", "top.qcow2"]) == 0
+    os.unlink("base.raw")
+    assert read("top.qcow2") == shown
+    assert main(["check", "-q", "top.qcow2"]) == 0
+    with byre.open("top.qcow2") as image:
+        assert image.node.backing_name == new[1]  # type: ignore[attr-defined]
+    assert not os.path.exists("journal")
+
+
+def test_rebase_that_died_when_all_was_done() -> None:
+    _, shown = chain()
+    Path("other.raw").write_bytes(content(3))
+    command = ("rebase", "-b", "other.raw", "-F", "raw", "--journal", "journal")
+    slow = "driver=throttle,throttling.bps-write=4M,file.driver=qcow2,file.file.filename=top.qcow2"
+    run_and_kill(*command, "--image-opts", slow, done=0)
+    assert main(["rebase", "-b", "other.raw", "-F", "raw", "top.qcow2"]) == 0
+    assert main([*command, "--resume", "top.qcow2"]) == 0
+    assert read("top.qcow2") == shown
+    assert not os.path.exists("journal")
+
+
+def test_rebase_onto_a_file_that_has_changed_since_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown = chain()
+    Path("other.raw").write_bytes(content(3))
+    Path("third.raw").write_bytes(content(4))
+    command = ("rebase", "-F", "raw", "--journal", "journal", "-b")
+    slow = "driver=throttle,throttling.bps-write=4M,file.driver=qcow2,file.file.filename=top.qcow2"
+    run_and_kill(*command, "other.raw", "--image-opts", slow, done=0)
+    assert main([*command, "third.raw", "--resume", "top.qcow2"]) == 1
+    assert "another job" in capsys.readouterr().err
+    assert main(["rebase", "-u", "-b", "base.raw", "-F", "raw", "--journal", "journal", "top.qcow2"]) == 1
+    assert "no use with -u" in capsys.readouterr().err
+    Path("other.raw").write_bytes(content(5))
+    assert main([*command, "other.raw", "--resume", "top.qcow2"]) == 0
+    assert read("top.qcow2") == shown
+
+
+def test_progress_of_a_job_that_goes_on_ends_at_its_total(capsys: pytest.CaptureFixture[str]) -> None:
+    chain()
+    kill_twice("commit", "top.qcow2", rate="3M")
+    capsys.readouterr()
+    assert main(["commit", "--journal", "journal", "--resume", "--progress=json", "top.qcow2"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert lines[-1]["offset"] == lines[-1]["total"]
 
 
 def test_stream() -> None:

@@ -23,6 +23,7 @@ _TABLE: Final = (
     common.Switch("compress", "c", "compress", "", "write compressed clusters"),
     common.Switch("cache", "t", "cache", "CACHE", "cache mode of the image (writeback)"),
     common.SOURCE_CACHE._replace(help="cache mode of the new backing file (writeback)"),
+    *common.JOURNAL,
     common.PROGRESS,
     common.Switch("progress-kind", "", "progress", "bar|text|json", "how to show the progress"),
     common.QUIET,
@@ -53,6 +54,8 @@ def run(arguments: list[str]) -> int:
     mode = mode_for(given.has("progress"), kind, given.has("quiet"))
     cache, source_cache = given.last("cache", "writeback"), given.last("source-cache", "writeback")
     cache_flags(source_cache)
+    if common.journal_path(given) and unsafe:
+        raise common.UsageError("--journal is of no use with -u: nothing is copied")
     format = given.last("backing-format")
     if format:
         _check_format(format)
@@ -71,19 +74,25 @@ def _check_format(name: str) -> None:
 
 
 def _rebase(image: Image, given: common.Given, source_cache: str, mode: str) -> None:
-    from ..jobs.rebase import NewBacking, RebaseJob, check_rebase
+    from ..jobs.rebase import NewBacking, RebaseJob, check_rebase, rebase_journal
 
     name = given.last("backing-file")
     backing = NewBacking(name, given.last("backing-format") if name else "")
     unsafe, compress = given.has("unsafe"), given.has("compress")
     check_rebase(image, backing, compress=compress)
     below = _open_below(image, backing, given, source_cache) if name and not unsafe else None
+    path = common.journal_path(given)
+    journal = None
     try:
+        if path:
+            journal = rebase_journal(path, image, below, resume=given.has("resume"))
         job = RebaseJob(image, backing, below, unsafe=unsafe, compress=compress, keep_data=common.as_peer(),
-                        measure=mode != "none")  # fmt: skip
+                        measure=mode != "none", journal=journal)  # fmt: skip
         with Display(job.control, "rebase", mode, least=2.0):
             job.execute()
     finally:
+        if journal is not None:
+            journal.close()
         if below is not None:
             below.close()
 

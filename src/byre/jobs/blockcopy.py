@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..errors import ByreError, NotSupported
 from ..io import workers
@@ -18,6 +18,7 @@ from ..io.buffers import aligned_buffer, zero_fill
 from ..io.sparse import data_runs
 from ..units import MIB, SECTOR, align_up
 from .behind import WriteBehind
+from .offload import Offload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,7 +195,7 @@ class BlockCopy:
         self.source = source
         self.target = target
         self.settings = settings = fitted(settings, target.node)
-        self._offload = _Offload(source, target) if settings.offload else None
+        self._offload = Offload(source, target) if settings.offload else None
         node = target.node
         self._cluster = getattr(node, "cluster_size", 0)
         # A partly zero cluster is allocated as a whole anyway: writing all of it at once saves filling it up.
@@ -246,9 +247,10 @@ class BlockCopy:
 
     # -- tasks ------------------------------------------------------------------------------------
 
-    def run(self, segments: Iterable[Segment], control: Control) -> None:
+    def run(self, segments: Iterable[Segment], control: Control, *, start: int = 0, end: int = -1) -> None:
         """Copy all ``segments``, which ascend.
 
+        :param start: with ``end`` the part of the disk that they are of; the whole disk if left out
         :raises ByreError: reading or writing failed; the message says where
         :raises Cancelled: the control was cancelled
         """
@@ -266,13 +268,15 @@ class BlockCopy:
         work = self._compress_task if settings.compress else self._plain_task
         threads = settings.threads or workers.default_threads()
         with self.behind:
-            workers.run(self._tasks(segments), work, deliver, threads=threads, in_order=settings.in_order, gate=control)
+            workers.run(
+                self._tasks(segments, start, self.source.size if end < 0 else end), work, deliver, threads=threads,
+                in_order=settings.in_order, gate=control,
+            )  # fmt: skip
 
-    def _tasks(self, segments: Iterable[Segment]) -> Iterator[_Task]:
+    def _tasks(self, segments: Iterable[Segment], reached: int, end: int) -> Iterator[_Task]:
         """Segments cut to buffer size, small ones gathered."""
         batch: list[Segment] = []
         data = 0
-        reached = 0
         counted = 0
         whole = self.settings.whole_total
         for piece in self._pieces(segments):
@@ -284,7 +288,7 @@ class BlockCopy:
             data += size
             counted += piece.offset + piece.length - reached if whole else size
             reached = piece.offset + piece.length
-        rest = self.source.size - reached if whole else 0
+        rest = end - reached if whole else 0
         if batch or rest:
             yield _Task(batch, data, counted + rest)
 
@@ -430,74 +434,3 @@ def _at(error: ByreError, verb: str, offset: int) -> ByreError:
 
 def _is_power_of_two(value: int) -> bool:
     return value & (value - 1) == 0
-
-
-@runtime_checkable
-class _CopyingFile(Protocol):
-    """What ``protocols/file.py`` can do and other protocols cannot."""
-
-    def copy_range(self, source_offset: int, target: _CopyingFile, target_offset: int, length: int) -> int: ...
-
-
-class _Offload:
-    """Copies within the kernel from the file under the source to the file under the target.
-
-    Only to a raw target, whose bytes lie in its file where they lie on the disk. The first refusal of the
-    system ends it: copying goes on through memory.
-    """
-
-    def __init__(self, source: SourceDisk, target: Image) -> None:
-        self._source = source
-        self._target, self._base = _plain_file(target)
-
-    def copy(self, offset: int, length: int) -> bool:
-        """Whether the range was copied; False to do it through memory."""
-        target = self._target
-        if target is None:
-            return False
-        plan = [step for part in self._source.parts(offset, length) for step in self._locate(*part)]
-        if sum(size for *_, size in plan) != length:
-            return False
-        try:
-            for file, host, size in plan:
-                done = 0
-                while done < size:
-                    step = file.copy_range(host + done, target, self._base + offset + done, size - done)
-                    if not step:
-                        return False
-                    done += step
-                offset += size
-        except ByreError:
-            self._target = None
-            return False
-        return True
-
-    def _locate(self, index: int, offset: int, length: int) -> list[tuple[_CopyingFile, int, int]]:
-        """``(file node, host offset, length)`` of plain data that makes up the range, as far as it is that."""
-        from ..graph import chain
-        from ..io.extent import DATA
-
-        image = self._source.images[index]
-        length = min(length, image.size - offset)
-        found = chain.extents(image.node, offset, length)
-        if not (found.kind == DATA).all() or (found.host < 0).any():
-            return []
-        layers = chain.layers(image.node)
-        steps: list[tuple[_CopyingFile, int, int]] = []
-        for extent, depth in zip(found, found.depth.tolist(), strict=True):
-            layer = layers[depth]
-            file = layer.sources[extent.source].node
-            if getattr(layer, "cipher", None) is not None or not isinstance(file, _CopyingFile):
-                return []
-            steps.append((file, extent.host, extent.length))
-        return steps
-
-
-def _plain_file(image: Image) -> tuple[_CopyingFile | None, int]:
-    """(the file node under a raw image, where the disk begins in it); ``None`` for other formats."""
-    node = image.node
-    edge = node.children.get("file")
-    file = edge.node if edge else None
-    if node.driver != "raw" or not isinstance(file, _CopyingFile):
-        return None, 0
-    return file, getattr(node, "base", 0)

@@ -90,15 +90,11 @@ class CommitJob(Job):
         """Copy what the journal does not say is done."""
         if not control.measure:
             control.count(sum(length for _, length in journal.done()), 0)
-        journal.start(target.flush)
-        try:
+        with journal.kept(target.flush):
             for start, length in journal.left():
                 copy.on_stored = lambda end, start=start: journal.finished(start, end - start)
-                copy.run(self._plan(start, length), control)
+                copy.run(self._plan(start, length), control, start=start, end=start + length)
                 journal.finished(start, length)
-        finally:
-            journal.stop()
-        journal.checkpoint(target.flush)
 
     def commit(self) -> None:
         if self.journal is not None:

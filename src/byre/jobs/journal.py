@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 import zlib
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -346,6 +347,19 @@ class Journal:
 
         self._stop.clear()
         self._thread = spawn(run, "journal")
+
+    @contextmanager
+    def kept(self, flush: Callable[[], None]) -> Iterator[None]:
+        """Checkpoints are made in the body, and one at the end if all went well.
+
+        :raises ByreError: that last one failed
+        """
+        self.start(flush)
+        try:
+            yield
+        finally:
+            self.stop()
+        self.checkpoint(flush)
 
     def stop(self) -> None:
         """No more checkpoints."""

@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
     from ..graph.node import Node
     from .job import Control
+    from .journal import Journal
 
-__all__ = ["NewBacking", "RebaseJob", "check_rebase"]
+__all__ = ["NewBacking", "RebaseJob", "check_rebase", "rebase_journal"]
 
 _NOWHERE: Final = -1
+_JOURNAL_PART: Final = 1 << 20
+_JOURNAL_STEP: Final = 256 << 20
 
 
 class NewBacking(NamedTuple):
@@ -62,6 +65,7 @@ class RebaseJob(Job):
     :param below: an image with the content of the new backing file; ``None`` for none. Not closed here
     :param unsafe: only the name changes: the new file reads as the old one did
     :param compress: what is copied is written compressed where whole clusters are unallocated
+    :param journal: of :func:`rebase_journal`; what it says is done is not compared again, and it is deleted in the end
     :param keep_data: zeroes that the old backing file holds are written as data, as ``qemu-img`` does; otherwise, and
         behind its end, they become zero clusters
     :raises ByreError: as :func:`check_rebase` says, before anything was written
@@ -70,9 +74,10 @@ class RebaseJob(Job):
     kind = "rebase"
 
     def __init__(self, overlay: Image, backing: NewBacking, below: Image | None = None, *, unsafe: bool = False,
-                 compress: bool = False, keep_data: bool = False, speed: int = 0,
-                 measure: bool = False) -> None:  # fmt: skip
+                 compress: bool = False, keep_data: bool = False, speed: int = 0, measure: bool = False,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(speed=speed, measure=measure)
+        self.journal = journal
         self.overlay = overlay
         self.backing = backing
         self.unsafe = unsafe
@@ -111,13 +116,34 @@ class RebaseJob(Job):
         zeroes_from = 0 if getattr(self.node, "has_zero_clusters", False) else size
         if self.keep_data and self._old is not None:
             zeroes_from = max(zeroes_from, min(self._old.size, size))
+        copies = []
         for one in passes:
             settings = CopySettings(sparse=one.unit, compress=one.whole, in_order=True)
-            plan = _plan(self.node, self._old, self._below, one)
-            _Differences(old, new, self.overlay, settings, one.unit, zeroes_from).run(plan, control)
+            copies.append(_Differences(old, new, self.overlay, settings, one, zeroes_from))
+        if self.journal is None:
+            for copy in copies:
+                copy.run(self._plan(copy.part, 0, size), control)
+            return
+        control.count(len(copies) * sum(length for _, length in self.journal.done()), 0)
+        with self.journal.kept(self.overlay.flush):
+            for start, length in self.journal.left():
+                for at, step in chain.windows(start, start + length, _JOURNAL_STEP):
+                    self._copy_part(self.journal, copies, at, step, control)
+
+    def _copy_part(self, journal: Journal, copies: list[_Differences], start: int, length: int,
+                   control: Control) -> None:  # fmt: skip
+        copies[-1].on_stored = lambda end: journal.finished(start, end - start)
+        for copy in copies:
+            copy.run(self._plan(copy.part, start, start + length), control, start=start, end=start + length)
+        journal.finished(start, length)
+
+    def _plan(self, one: _Pass, start: int, end: int) -> Iterator[Segment]:
+        return _plan(self.node, self._old, self._below, one, start, end)
 
     def commit(self) -> None:
         """The open overlay goes on with the new chain as well."""
+        if self.journal is not None:
+            self.journal.remove()
         node, graph = self.node, self.overlay.graph
         edge = node.children.get("backing")
         if self.unsafe:
@@ -134,6 +160,22 @@ class RebaseJob(Job):
     def clean(self) -> None:
         if self._old is not None:
             self._old.close()
+
+
+def rebase_journal(path: str, overlay: Image, below: Image | None, *, resume: bool) -> Journal:
+    """The journal of a rebase of ``overlay`` onto ``below``; see :meth:`.journal.Journal.begin`.
+
+    Nobody writes to the overlay between two runs. If the old or the new backing file has changed, nothing is done.
+    """
+    from .journal import Journal, identity
+
+    edge = chain.skip_filters(overlay.node).children.get("backing")
+    # Once the header names the new backing file, that is the old one; it is no other job for that.
+    old = {"changed": identity(edge.node) if edge is not None else None}
+    new = identity(below.node) if below is not None else None
+    about = {"job": "rebase", "image": identity(overlay.node, changing=True)[:1], "old": old, "new": new}
+    part = max(_JOURNAL_PART, getattr(chain.skip_filters(overlay.node), "cluster_size", 1))
+    return Journal.begin(path, about, overlay.size, part, resume=resume)
 
 
 def check_rebase(overlay: Image, backing: NewBacking, *, compress: bool = False) -> BackingChangeable:
@@ -198,14 +240,14 @@ class _Pass(NamedTuple):
     cluster: int = 0
 
 
-def _plan(overlay: Node, old: Image | None, new: Image | None, one: _Pass) -> Iterator[Segment]:
-    """Ranges of whole units that are unallocated in the overlay and may differ between ``old`` and ``new``."""
-    end = overlay.size
+def _plan(overlay: Node, old: Image | None, new: Image | None, one: _Pass, start: int, end: int) -> Iterator[Segment]:
+    """Ranges of whole units in ``[start, end)`` that are unallocated in the overlay and may differ between ``old`` and
+    ``new``."""
     stride = Stride([overlay, *(image.node for image in (old, new) if image is not None)])
     layers = chain.layers(overlay)
     below = layers[1] if len(layers) > 1 else None
     numbers: dict[object, int] = {}
-    for offset, length in stride.windows(0, end):
+    for offset, length in stride.windows(start, end):
         own = chain.extents(overlay, offset, length, base=below)
         empty = own.kind == UNALLOCATED
         rows = len(own)
@@ -219,8 +261,8 @@ def _plan(overlay: Node, old: Image | None, new: Image | None, one: _Pass) -> It
                 edges = own.offset[~empty], (own.offset + own.length)[~empty]
                 starts, stops = _by_cluster(starts, stops, *_widened(*edges, one.cluster, end), one, offset, length)
         stride.saw(rows)
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            yield Segment(start, stop - start, COPY)
+        for first, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            yield Segment(first, stop - first, COPY)
 
 
 def _differing(old: Image | None, new: Image | None, offset: int, length: int,
@@ -310,15 +352,16 @@ class _Below(SourceDisk):
 class _Differences(BlockCopy):
     """Copies the units of ``source`` that differ from ``other``.
 
-    :param unit: bytes, a power of two
+    :param part: which of them; its unit is a power of two
     :param zeroes_from: offset from which on units of zeroes are zeroed, not written
     """
 
-    def __init__(self, source: _Below, other: _Below, target: Image, settings: CopySettings, unit: int,
+    def __init__(self, source: _Below, other: _Below, target: Image, settings: CopySettings, part: _Pass,
                  zeroes_from: int) -> None:  # fmt: skip
         super().__init__(source, target, settings)
+        self.part = part
         self._other = other
-        self._compared = unit
+        self._compared = part.unit
         self._zeroes_from = zeroes_from
 
     def runs(self, offset: int, view: memoryview, length: int) -> list[tuple[int, int, bool]]:
