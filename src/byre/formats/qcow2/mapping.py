@@ -329,6 +329,10 @@ class Mapping(Lookup):
         elif word & OFFSET_MASK and not self.data_file:
             self._free((word & OFFSET_MASK) >> self.cluster_bits, 1)
 
+    def free_run(self, first: int, count: int) -> None:
+        """Entries that referred to these host clusters were replaced."""
+        self._free(first, count)
+
     def publish_compressed(self, offset: int, hosts: list[int], lengths: list[int]) -> None:
         """Link compressed clusters from guest ``offset``."""
         step = 2 if self.extended else 1

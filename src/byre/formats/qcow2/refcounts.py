@@ -16,7 +16,7 @@ from .entries import REFCOUNT_OFFSET_MASK, REFCOUNT_RESERVED, get_refcount, set_
 from .layout import MAX_REFCOUNT_TABLE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ...graph.node import Node
     from .overlap import Guard
@@ -25,6 +25,8 @@ __all__ = ["Refcounts"]
 
 _CACHE_BYTES: Final = 8 << 20
 _MAX_HOST: Final = 1 << 56
+_ALIKE: Final = 8
+"""From this many counts on, it pays to see whether they are all alike."""
 
 
 def _zero_field_table(order: int) -> bytes:
@@ -139,9 +141,7 @@ class Refcounts:
                 raise Corrupt(f"host cluster {first} has no refcount block", where=self.where,
                               hint='run "byre check -r all"')  # fmt: skip
             data = block.data
-            if delta == 1 and order == 4 and step > 8 and not any(data[2 * low : 2 * (low + step)]):
-                data[2 * low : 2 * (low + step)] = b"\0\1" * step
-            else:
+            if step < _ALIKE or not self._change_alike(data, low, step, delta):
                 for index in range(low, low + step):
                     value = get_refcount(data, index, order) + delta
                     if value < 0:
@@ -152,6 +152,19 @@ class Refcounts:
             self.blocks.mark(block, low * bits >> 3, ((low + step) * bits - 1) >> 3)
             first += step
             count -= step
+
+    def _change_alike(self, data: bytearray, low: int, count: int, delta: int) -> bool:
+        """:meth:`_change` of counts that are all 0 before, or all 0 behind; False if they are not."""
+        if self.order < 3:
+            return False
+        width = 1 << self.order - 3
+        one, zero = (1).to_bytes(width, "big") * count, bytes(width * count)
+        before, behind = (zero, one) if delta == 1 else (one, zero)
+        start, end = low * width, (low + count) * width
+        if data[start:end] != before:
+            return False
+        data[start:end] = behind
+        return True
 
     def forget_packing(self) -> None:
         """Compressed clusters written from now on share no host cluster with those that are there."""
@@ -433,23 +446,30 @@ class Refcounts:
         for first, count in runs:
             self._report("cluster_free")
             self._change(first, count, -1)
-            for cluster in range(first, first + count):
-                if self.get(cluster):
-                    continue
-                structure = self._metadata_at(cluster, 1)
+            for cluster, free in self._free_runs(first, count):
+                structure = self._metadata_at(cluster, free)
                 if structure:
                     raise Corrupt(f"Preventing invalid freeing of metadata (overlaps with {structure})",
                                   where=self.where,
                                   hint=f'host cluster {cluster} is let go; run "byre check -r all"')  # fmt: skip
-                host = cluster << self.cluster_bits
-                if self._packed_at and (self._packed_at - 1) >> self.cluster_bits == cluster:
+                host, length = cluster << self.cluster_bits, free << self.cluster_bits
+                if host < self._packed_at <= host + length:
                     self._packed_at = 0
                 if freed and freed[-1][0] + freed[-1][1] == host:
-                    freed[-1] = (freed[-1][0], freed[-1][1] + self.cluster_size)
+                    freed[-1] = (freed[-1][0], freed[-1][1] + length)
                 else:
-                    freed.append((host, self.cluster_size))
+                    freed.append((host, length))
                 self._hint = min(self._hint, cluster)
         return freed
+
+    def _free_runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of the runs among these clusters whose count is 0."""
+        end = first + count
+        while first < end:
+            free = self._zero_run(first, end - first)
+            if free:
+                yield first, free
+            first += free or 1
 
     # -- writing back -----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...io.extent import UNALLOCATED
 from ...io.extent import ZERO as KIND_ZERO
-from ...typing import TYPE_CHECKING
+from ...typing import TYPE_CHECKING, Final
 from . import entries
 from .entries import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .mapping import Mapping
 
 __all__ = ["unmap"]
+
+_BULK: Final = 256
+"""From this many entries on, numpy is quicker than a loop."""
 
 
 def unmap(mapping: Mapping, offset: int, length: int, kind: int, keep: bool, *, full: bool = False) -> int:
@@ -46,6 +49,11 @@ def _unmap_plain(mapping: Mapping, table: Table, offset: int, end: int, kind: in
     hold = _holds(mapping, keep, full)
     first = offset >> bits & mapping.l2_mask
     count = ((end - 1) >> bits) - (offset >> bits) + 1
+    if count >= _BULK and not hold:
+        from .unmapping_bulk import unmap_many
+
+        unmap_many(mapping, table, first, count, kind, keep, full)
+        return
     changed_low = changed_high = -1
     for index in range(first, first + count):
         old = words[index]
