@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import byre
+from byre.graph import chain
 from byre.graph.graph import Graph
+from byre.jobs.active_commit import ActiveCommitJob, active_commit_journal
 from byre.jobs.backup import BackupJob, BackupOptions, backup_journal
 from byre.jobs.journal import Journal
+from byre.jobs.live_commit import LiveCommitJob, live_commit_journal
 from byre.jobs.mirror import MirrorJob, MirrorOptions, mirror_journal
 
 MIB = 1 << 20
@@ -23,17 +26,29 @@ SIZE = 32 * MIB
 CHILD = """
 import random, sys, threading
 import byre
+from byre.graph import chain
 from byre.graph.graph import Graph
+from byre.jobs.active_commit import ActiveCommitJob, active_commit_journal
 from byre.jobs.backup import BackupJob, BackupOptions, backup_journal
+from byre.jobs.live_commit import LiveCommitJob, live_commit_journal
 from byre.jobs.mirror import MirrorJob, MirrorOptions, mirror_journal
 kind, seed = sys.argv[1], int(sys.argv[2])
 graph = Graph()
 source = byre.open("source.qcow2", read_only=False, graph=graph)
 target = byre.open("target.qcow2", read_only=False, graph=graph)
-options = MirrorOptions() if kind == "mirror" else BackupOptions()
-make = mirror_journal if kind == "mirror" else backup_journal
-journal = make("journal", source, target, options, resume=True, vouched=True)
-job = (MirrorJob if kind == "mirror" else BackupJob)(source, target, options, journal=journal, speed=8 << 20)
+if kind == "commit":
+    _, middle, base = chain.layers(source.node)
+    journal = live_commit_journal("journal", middle, base, resume=True)
+    job = LiveCommitJob(graph, middle, base, journal=journal, speed=8 << 20)
+elif kind == "active commit":
+    base = chain.layers(source.node)[2]
+    journal = active_commit_journal("journal", source, base, resume=True, vouched=True)
+    job = ActiveCommitJob(source, base, journal=journal, speed=8 << 20)
+else:
+    options = MirrorOptions() if kind == "mirror" else BackupOptions()
+    make = mirror_journal if kind == "mirror" else backup_journal
+    journal = make("journal", source, target, options, resume=True, vouched=True)
+    job = (MirrorJob if kind == "mirror" else BackupJob)(source, target, options, journal=journal, speed=8 << 20)
 
 def write(seed):
     chooser = random.Random(seed)
@@ -122,3 +137,51 @@ def test_a_backup_ends_with_the_bytes_of_the_moment_it_began() -> None:
         BackupJob(source, target, journal=journal).execute()
     assert read("target.qcow2") == content
     assert read("source.qcow2") != content
+
+
+def make_chain() -> None:
+    """base <- middle <- source, and an image beside them."""
+    from byre.cli.main import main
+
+    make_disks()
+    Path("source.qcow2").rename("middle.qcow2")
+    assert main(["create", "-q", "-f", "qcow2", "base.qcow2", str(SIZE)]) == 0
+    assert main(["rebase", "-u", "-b", "base.qcow2", "-F", "qcow2", "middle.qcow2"]) == 0
+    assert main(["create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", "source.qcow2"]) == 0
+
+
+def test_a_commit_of_a_layer_below_goes_on() -> None:
+    make_chain()
+    middle = read("middle.qcow2")
+    for seed in (50, 60):
+        run_and_kill("commit", seed)
+    held, left = read("source.qcow2"), SIZE - done_bytes()
+    graph = Graph()
+    with byre.open("source.qcow2", read_only=False, graph=graph) as source:
+        top, layer, base = chain.layers(source.node)
+        journal = live_commit_journal("journal", layer, base, resume=True)
+        before = base.stats.byte_count[1]
+        LiveCommitJob(graph, layer, base, journal=journal).execute()
+        assert base.stats.byte_count[1] - before <= left < SIZE
+        assert chain.layers(source.node) == [top, base]
+    assert read("source.qcow2") == held
+    assert read("base.qcow2") == middle
+    assert not Path("journal").exists()
+
+
+def test_a_commit_of_the_active_layer_goes_on() -> None:
+    make_chain()
+    for seed in (70, 80):
+        run_and_kill("active commit", seed)
+    held, left = read("source.qcow2"), SIZE - done_bytes()
+    graph = Graph()
+    with byre.open("source.qcow2", read_only=False, graph=graph) as source:
+        base = chain.layers(source.node)[2]
+        journal = active_commit_journal("journal", source, base, resume=True, vouched=True)
+        job = ActiveCommitJob(source, base, journal=journal)
+        job.on_change = lambda one, state: one.complete() if state.name == "READY" else None
+        job.execute()
+        assert job.progress().offset <= left  # the writers may have undone all of it
+        assert source.filename == "base.qcow2"
+    assert read("base.qcow2") == held
+    assert not Path("journal").exists()

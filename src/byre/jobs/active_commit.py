@@ -19,13 +19,14 @@ from ..graph.reopening import set_read_only
 from .commit import check_base
 from .job import Job
 from .livecopy import Policies
-from .mirror import MirrorJob, MirrorOptions
+from .mirror import MirrorJob, MirrorOptions, default_granularity
 
 if TYPE_CHECKING:
     from ..graph.node import Node
     from ..image import Image
+    from .journal import Journal
 
-__all__ = ["ActiveCommitJob"]
+__all__ = ["ActiveCommitJob", "active_commit_journal"]
 
 
 class ActiveCommitJob(MirrorJob):
@@ -36,15 +37,18 @@ class ActiveCommitJob(MirrorJob):
 
     :param base: a layer below ``top``
     :param on_error: "report", "ignore", "stop", "enospc" or "auto"
+    :param journal: of :func:`active_commit_journal`; what it says is done is not copied again, and it is deleted in the
+        end
     :raises ByreError: as :func:`.commit.check_base` says; or another job works on one of them
     """
 
     kind = "commit"
 
     def __init__(self, top: Image, base: Node, *, id: str = "", on_error: str = "report", filter_name: str = "",
-                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:  # fmt: skip
+                 speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True,
+                 journal: Journal | None = None) -> None:  # fmt: skip
         Job.__init__(self, id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
-        self.journal = None
+        self.journal = journal
         self.options = MirrorOptions(sync="top")
         base = chain.skip_filters(base)
         check_base(top, base)
@@ -92,3 +96,17 @@ class ActiveCommitJob(MirrorJob):
             except ByreError as error:
                 graph.warnings.append(f"the base stays open for writing: {error}")
         super()._close()
+
+
+def active_commit_journal(path: str, top: Image, base: Node, *, resume: bool, vouched: bool = False) -> Journal:
+    """The journal of a commit of ``top``, an active layer, into ``base``; see :meth:`.journal.Journal.begin`.
+
+    :param vouched: since the job died, nobody has written to ``top``: what was written until then is accounted for
+    """
+    from .journal import Journal, identity
+
+    base = chain.skip_filters(base)
+    about = {"job": "active commit", "image": identity(top.node, above=base),
+             "base": identity(base, changing=True)[:1]}  # fmt: skip
+    return Journal.begin(path, about, top.size, default_granularity(base, MirrorOptions()), resume=resume,
+                         vouched=vouched)  # fmt: skip

@@ -6,7 +6,7 @@ The base is the only file that an image names and byre writes to, and it is only
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
 from ..formats.abilities import Emptiable
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from .journal import Journal
 
 __all__ = ["CommitJob", "check_base", "commit_journal"]
-
-_JOURNAL_PART: Final = 1 << 20
 
 
 class CommitJob(Job):
@@ -138,10 +136,9 @@ class CommitJob(Job):
 
 def commit_journal(path: str, top: Image, base: Node, *, resume: bool) -> Journal:
     """The journal of a commit of ``top`` into ``base``; see :meth:`.journal.Journal.begin`."""
-    from .journal import Journal, identity
+    from .live_commit import live_commit_journal
 
-    about = {"job": "commit", "image": identity(top.node, above=base), "base": identity(base, changing=True)[:1]}
-    return Journal.begin(path, about, top.size, _JOURNAL_PART, resume=resume)
+    return live_commit_journal(path, top.node, base, resume=resume)
 
 
 def _window(top: Node, base: Node, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64],

@@ -245,6 +245,12 @@ class Journal:
         if carry >= 0:
             yield carry * unit, self.size - carry * unit
 
+    def has(self, offset: int, length: int) -> bool:
+        """Whether all of a range is durable in the target."""
+        first, last = offset // self.granularity, -(-(offset + length) // self.granularity)
+        with self._lock:
+            return offset + length <= self.size and _all(self._done, first, last)
+
     def finished(self, offset: int, length: int) -> None:
         """The range was written to the target. It counts once it is durable, unless it is being changed again."""
         parts = [self._inside(offset, length)]
@@ -455,6 +461,13 @@ def _any(bits: bytearray, first: int, last: int) -> bool:
         return False
     number = int.from_bytes(bits[first // 8 : (last - 1) // 8 + 1], "little") >> first % 8
     return bool(number & ((1 << last - first) - 1))
+
+
+def _all(bits: bytearray, first: int, last: int) -> bool:
+    if first >= last:
+        return True
+    number = int.from_bytes(bits[first // 8 : (last - 1) // 8 + 1], "little") >> first % 8
+    return number & (mask := (1 << last - first) - 1) == mask
 
 
 def _join(one: bytearray, other: bytearray) -> bytes:

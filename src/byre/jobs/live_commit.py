@@ -8,6 +8,7 @@ at any moment. The commit of the active layer is another job (:mod:`.active_comm
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 from ..errors import AccessDenied, ByreError, InvalidArgument
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from ..graph.graph import Graph
     from ..graph.node import Node
     from .job import Control
+    from .journal import Journal
 
-__all__ = ["LiveCommitJob"]
+__all__ = ["LiveCommitJob", "live_commit_journal"]
 
 _RETRY: Final = 0.2
+_JOURNAL_PART: Final = 1 << 20
 
 
 class LiveCommitJob(Job):
@@ -44,6 +47,7 @@ class LiveCommitJob(Job):
     :param base: a layer below it
     :param backing_file: how the headers of the overlays are to name the base; derived if left out
     :param on_error: "report", "ignore" (try again later), "stop", "enospc" or "auto"
+    :param journal: of :func:`live_commit_journal`; what it says is done is not copied again; it is deleted in the end
     :raises InvalidArgument: ``base`` is not below ``top``, or ``top`` is an active layer
     :raises NotSupported: an overlay's format cannot change its backing file
     :raises AccessDenied: the format of the base is a guess
@@ -54,8 +58,9 @@ class LiveCommitJob(Job):
 
     def __init__(self, graph: Graph, top: Node, base: Node, *, backing_file: str | None = None,
                  on_error: str = "report", id: str = "", speed: int = 0, auto_finalize: bool = True,
-                 auto_dismiss: bool = True) -> None:  # fmt: skip
+                 auto_dismiss: bool = True, journal: Journal | None = None) -> None:  # fmt: skip
         super().__init__(id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.journal = journal
         self.top, self.base = top, base = chain.skip_filters(top), chain.skip_filters(base)
         self.backing_file = backing_file
         self.on_error = check_policy(on_error)
@@ -79,23 +84,30 @@ class LiveCommitJob(Job):
         if target.size < source.size:
             target.within(lambda: self.base.resize(source.size))
         copy = LiveCopy(source, target, CopySettings(sparse=0, unmap=True), base=self.base)
-
-        def work(offset: int, length: int) -> tuple[int, int]:
-            with copy.request():
-                return length, copy.copy(offset, length)
-
-        policies = Policies(self.on_error, self.on_error)
-        while True:
-            ranges = ranges_above(source, self.base, control, chunk=copy.chunk, top_too=True)
-            with copy.behind:
-                whole = sweep(itertools.chain(ranges, tail), work, control, policies, chunk=copy.chunk)
-            if whole:
-                break
-            control.done = 0
-            if self.on_error == "ignore":
-                control.wait(_RETRY)
+        with self.journal.kept(target.flush) if self.journal is not None else nullcontext():
+            while not self._sweep(copy, tail, control):
+                control.done = 0
+                if self.on_error == "ignore":
+                    control.wait(_RETRY)
         target.flush()
         self._close()
+
+    def _sweep(self, copy: LiveCopy, tail: list[tuple[int, int]], control: Control) -> bool:
+        journal = self.journal
+
+        def work(offset: int, length: int) -> tuple[int, int]:
+            if journal is not None and journal.has(offset, length):
+                return length, 0
+            with copy.request():
+                moved = copy.copy(offset, length)
+            if journal is not None:
+                journal.finished(offset, length)
+            return length, moved
+
+        ranges = ranges_above(copy.source, self.base, control, chunk=copy.chunk, top_too=True)
+        policies = Policies(self.on_error, self.on_error)
+        with copy.behind:
+            return sweep(itertools.chain(ranges, tail), work, control, policies, chunk=copy.chunk)
 
     def _tail(self) -> list[tuple[int, int]]:
         """What the base holds behind the end of the top layer, where the overlays read zeroes so far."""
@@ -137,6 +149,8 @@ class LiveCommitJob(Job):
     def commit(self) -> None:
         if self._relinked is not None:
             self._relinked.finish()
+        if self.journal is not None:
+            self.journal.remove()
 
     def abort(self) -> None:
         """If another job of the transaction failed, the overlays stand on the old chain again."""
@@ -148,6 +162,14 @@ class LiveCommitJob(Job):
         finally:
             for hold in (self._tolerated, self._frozen, self._blocking):
                 hold.release()
+
+
+def live_commit_journal(path: str, top: Node, base: Node, *, resume: bool) -> Journal:
+    """The journal of a commit of ``top`` into ``base``; see :meth:`.journal.Journal.begin`."""
+    from .journal import Journal, identity
+
+    about = {"job": "commit", "image": identity(top, above=base), "base": identity(base, changing=True)[:1]}
+    return Journal.begin(path, about, top.size, _JOURNAL_PART, resume=resume)
 
 
 def _check(graph: Graph, top: Node, base: Node, backing_file: str | None) -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .job import Progress
     from .journal import Journal
 
-__all__ = ["COPY_MODES", "SYNC_MODES", "MirrorJob", "MirrorOptions", "MirrorStatus", "mirror_journal"]
+__all__ = ["COPY_MODES", "SYNC_MODES", "MirrorJob", "MirrorOptions", "MirrorStatus", "default_granularity",
+           "mirror_journal"]  # fmt: skip
 
 SYNC_MODES: Final = ("full", "top", "none")
 COPY_MODES: Final = ("background", "write-blocking")
@@ -164,7 +165,7 @@ class MirrorJob(Job):
         self._read: Image | None = None
         self._write: Image | None = None
         self._blocking: Blocking | None = None
-        self._top = MirrorTopNode(Bitmap(source.size, _default_granularity(target, self.options)), alone=True)
+        self._top = MirrorTopNode(Bitmap(source.size, default_granularity(target, self.options)), alone=True)
         self._top.witness = self.journal
         self._rate_in = self._rate_out = 0.0
         self._small = 0
@@ -462,11 +463,12 @@ def mirror_journal(path: str, source: Image, target: Image, options: MirrorOptio
 
     about = {"job": "mirror", "sync": options.sync, "source": identity(source.node),
              "target": identity(target.node, changing=True)[:1]}  # fmt: skip
-    unit = _default_granularity(target.node, options)
+    unit = default_granularity(target.node, options)
     return Journal.begin(path, about, source.size, unit, resume=resume, vouched=vouched)
 
 
-def _default_granularity(target: Node, options: MirrorOptions) -> int:
+def default_granularity(target: Node, options: MirrorOptions) -> int:
+    """What a bit of the dirty bitmap stands for, bytes."""
     cluster = getattr(chain.skip_filters(target), "cluster_size", 64 * KIB)
     return options.granularity or max(4 * KIB, min(64 * KIB, cluster))
 
