@@ -43,7 +43,10 @@ def served(image: byre.Image, tmp_path: Path) -> Iterator[Served]:
 
 @contextmanager
 def good_client(path: Path, *, writes: bool = False) -> Iterator[list[float]]:
-    """Reads all the while, and checks what it reads; the seconds of each answer are collected."""
+    """Reads all the while, and checks what it reads; the seconds of each answer are collected.
+
+    :param writes: it writes as well, short and long pieces
+    """
     times: list[float] = []
     errors: list[BaseException] = []
     stop = threading.Event()
@@ -54,11 +57,12 @@ def good_client(path: Path, *, writes: bool = False) -> Iterator[list[float]]:
             with Talk(path, timeout=PATIENCE) as talk:
                 talk.start("structured")
                 while not stop.is_set():
-                    offset, length = chooser.randrange(SIZE - (256 << 10)), chooser.choice((512, 4096, 256 << 10))
+                    offset, length = chooser.randrange(SIZE - (512 << 10)), chooser.choice((512, 4096, 256 << 10))
                     before = time.monotonic()
                     assert talk.read(offset, length) == CONTENT[offset : offset + length]
                     if writes:
-                        assert talk.write(offset, CONTENT[offset : offset + 4096]) == 0
+                        size = chooser.choice((4096, 4096, 512 << 10))
+                        assert talk.write(offset, CONTENT[offset : offset + size]) == 0
                     times.append(time.monotonic() - before)
                     time.sleep(0.005)
         except BaseException as error:
@@ -238,6 +242,108 @@ def test_long_writes_that_stall_occupy_a_bounded_share(served: Served) -> None:
         assert served.server._budget.used <= server_module.TOTAL_MEMORY
     for talk in stalled:
         talk.socket.close()
+
+
+def all_but_the_end(talk: Talk) -> None:
+    """32 MiB of which the last byte does not come."""
+    talk.request(wire.CMD_WRITE, 0, wire.MAX_PAYLOAD, payload=bytes(wire.MAX_PAYLOAD - 1))
+
+
+def announced(talk: Talk) -> None:
+    talk.request(wire.CMD_WRITE, 0, wire.MAX_PAYLOAD)
+
+
+def middling(talk: Talk) -> None:
+    talk.request(wire.CMD_WRITE, 0, 4 << 20)
+
+
+def dripping(talk: Talk) -> None:
+    """A little every now and then does not count as coming."""
+    talk.request(wire.CMD_WRITE, 0, 4 << 20, payload=bytes(1 << 20))
+
+    def drip() -> None:
+        try:
+            while True:
+                talk.send(bytes(1000))
+                time.sleep(0.02)
+        except OSError:
+            pass
+
+    in_thread(drip)
+
+
+@pytest.mark.parametrize(
+    ("attack", "count", "good"),
+    [(announced, 40, 1 << 20), (announced, 40, 4 << 20), (all_but_the_end, 9, wire.MAX_PAYLOAD),
+     (middling, 90, 2 << 20), (dripping, 70, 2 << 20)],
+)  # fmt: skip
+def test_long_writes_are_not_held_up_by_those_that_stall(
+    tmp_path: Path, attack: Callable[[Talk], None], count: int, good: int
+) -> None:
+    """All the memory for long writes is held by clients that do not go on; a good one gets its own in time."""
+    with (
+        image_of(MemoryNode(bytes(wire.MAX_PAYLOAD))) as image,
+        serving(tmp_path / "s", NbdExport(image, writable=True)) as served,
+        Talk(served.path, timeout=5) as talk,
+    ):
+        talk.start("structured")
+        stalled = [Talk(served.path, timeout=5).start("structured") for _ in range(count)]
+        threads = [in_thread(attack, each) for each in stalled]
+        for thread in threads:
+            thread.join(10)
+        time.sleep(0.1)
+        data = random.Random(good).randbytes(good)
+        for _ in range(3):
+            before = time.monotonic()
+            assert talk.write(0, data) == 0
+            assert time.monotonic() - before < PATIENCE + good / (64 << 20)
+        assert image.read(0, good) == data
+        assert served.server._budget.used <= server_module.TOTAL_MEMORY
+        for each in stalled:
+            each.socket.close()
+
+
+def test_nobody_is_turned_out_while_there_is_room(tmp_path: Path) -> None:
+    """A slow client that is in nobody's way has its thirty seconds, and what it sends late is written."""
+    with (
+        image_of(MemoryNode(bytes(wire.MAX_PAYLOAD))) as image,
+        serving(tmp_path / "s", NbdExport(image, writable=True)) as served,
+        Talk(served.path, timeout=5) as slow,
+        Talk(served.path, timeout=5) as talk,
+    ):
+        slow.start("structured")
+        talk.start("structured")
+        cookie = slow.request(wire.CMD_WRITE, 0, 8 << 20, payload=b"s" * (4 << 20))
+        for _ in range(5):
+            assert talk.write(16 << 20, bytes(8 << 20)) == 0
+            time.sleep(0.1)
+        slow.send(b"t" * (4 << 20))
+        assert slow.reply()[0] == cookie
+        assert image.read(0, 8 << 20) == b"s" * (4 << 20) + b"t" * (4 << 20)
+
+
+def test_writers_that_take_no_answers_hold_no_memory(tmp_path: Path) -> None:
+    """Long writes whose answers nobody fetches: once they are applied, the memory is for others."""
+    with (
+        image_of(MemoryNode(bytes(wire.MAX_PAYLOAD))) as image,
+        serving(tmp_path / "s", NbdExport(image, writable=True)) as served,
+    ):
+        hoarders = [Talk(served.path, timeout=0.3).start("structured") for _ in range(12)]
+        for each in hoarders:
+            try:
+                for _ in range(200):
+                    each.request(wire.CMD_READ, 0, 1 << 20)
+                for _ in range(4):
+                    each.request(wire.CMD_WRITE, 0, 16 << 20, payload=bytes(16 << 20))
+            except TimeoutError:
+                pass
+        with Talk(served.path, timeout=5) as talk:
+            talk.start("structured")
+            before = time.monotonic()
+            assert talk.write(0, b"g" * (8 << 20)) == 0
+            assert time.monotonic() - before < PATIENCE
+        for each in hoarders:
+            each.socket.close()
 
 
 def test_a_flood_of_connections(served: Served) -> None:

@@ -290,9 +290,23 @@ class TestRefusals:
         with Talk(served.path) as talk:
             assert talk.start("simple").ask(wire.CMD_READ, 0, 512, flags=wire.CMD_FLAG_DF).error == EINVAL
 
-    @pytest.mark.parametrize("command", [wire.CMD_READ, wire.CMD_WRITE])
-    def test_more_than_32_mib_ends_it(self, talk: Talk, command: int) -> None:
-        talk.request(command, 0, wire.MAX_PAYLOAD + 1)
+    @pytest.mark.parametrize("flags", [0, wire.CMD_FLAG_DF])
+    @pytest.mark.parametrize("length", [(32 << 20) + 1, (1 << 32) - 1])
+    def test_a_read_of_more_than_32_mib_is_refused(self, tmp_path: Path, length: int, flags: int) -> None:
+        """There is nothing behind it that would have to be skipped, so the connection goes on, as with the peer."""
+        path = tmp_path / "large.raw"
+        path.touch()
+        os.truncate(path, 8 << 30)
+        with byre.open(path, format="raw") as image, serving(tmp_path / "s", NbdExport(image)) as served:
+            for mode in MODES:
+                with Talk(served.path) as talk:
+                    talk.start(mode)
+                    talk.request(wire.CMD_READ, 0, length, flags=flags if mode != "simple" else 0)
+                    assert talk.reply()[1].error == EINVAL
+                    assert talk.read(0, 512) == bytes(512)
+
+    def test_a_payload_of_more_than_32_mib_ends_it(self, talk: Talk) -> None:
+        talk.request(wire.CMD_WRITE, 0, wire.MAX_PAYLOAD + 1)
         assert talk.reply()[1].error == EINVAL
         assert talk.ended()
 

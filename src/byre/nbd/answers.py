@@ -27,12 +27,14 @@ MAX_CACHE: Final = 256 << 20
 class Task(NamedTuple):
     """One request that is not answered yet, and what came with it.
 
-    :ivar held: bytes of the client's share that the payload occupies
+    :ivar held: bytes of the client's share that the payload occupies until it is written
+    :ivar arena: the buffer it lies in, if that is the server's
     """
 
     request: Request
     payload: memoryview | None = None
     held: int = 0
+    arena: Arena | None = None
 
 
 class Answers:
@@ -70,7 +72,10 @@ class Answers:
             if request.command == wire.CMD_BLOCK_STATUS:
                 answer: list[Buffer] = self._block_status(request, task.payload)
             else:
-                self._change(request, task.payload, scratch)
+                try:
+                    self._change(request, task.payload, scratch)
+                finally:
+                    self.let_go(task)  # before the answer, which the client may not take for a long time
                 answer = [self._replies.done(request.cookie, request.offset)]
         except OSError:
             raise
@@ -81,15 +86,21 @@ class Answers:
         return b""
 
     def carry_out_apart(self, task: Task, scratch: Arena) -> None:
-        """:meth:`carry_out` in a worker's thread, which gives back what the payload occupied."""
+        """:meth:`carry_out` in a worker's thread."""
+        if self.stopping:
+            self.let_go(task)
+            return
         try:
-            if not self.stopping:
-                self._carry_out_all(task, scratch)
+            self._carry_out_all(task, scratch)
         except OSError:
             pass  # the connection is gone; the receiving thread finds out as well
-        finally:
-            if task.held:
-                self._share.give_back(task.held)
+
+    def let_go(self, task: Task) -> None:
+        """Of the memory that its payload occupies."""
+        if task.held:
+            self._share.give_back(task.held)
+        if task.arena is not None:
+            self._share.budget.keep(task.arena)
 
     def read_apart(self, request: Request) -> None:
         """A read that could not be done directly after all.

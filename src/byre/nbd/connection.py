@@ -75,8 +75,11 @@ class Host:
         """Give the place back."""
         raise NotImplementedError
 
-    def share(self) -> Share:
-        """A client's part of the memory for buffers."""
+    def share(self, interrupt: Callable[[], None]) -> Share:
+        """A client's part of the memory for buffers.
+
+        :param interrupt: ends what the client sends
+        """
         raise NotImplementedError
 
 
@@ -201,7 +204,8 @@ class Connection:
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
         link: Link = PlainLink(sock) if self._stream is None else TlsLink(self._stream)
-        self._transmission = Transmission(link, self._disk, agreement, self._host.share(), name=f"nbd {self.peer}")
+        share = self._host.share(lambda: _shut_down(sock, socket.SHUT_RD))
+        self._transmission = Transmission(link, self._disk, agreement, share, name=f"nbd {self.peer}")
         if self._stopping:
             return
         self._transmission.run()
@@ -249,14 +253,15 @@ class Connection:
         self._stopping = True
         if self._transmission is not None:
             self._transmission.stop()
-        self._shutdown(socket.SHUT_RD)
+        _shut_down(self.socket, socket.SHUT_RD)
 
     def break_off(self) -> None:
         """Nor wait for a client that does not take its answers."""
-        self._shutdown(socket.SHUT_RDWR)
+        _shut_down(self.socket, socket.SHUT_RDWR)
 
-    def _shutdown(self, how: int) -> None:
-        try:
-            self.socket.shutdown(how)
-        except OSError:
-            pass  # it is closed already
+
+def _shut_down(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass  # it is closed already

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterable, Sequence
 
     from .tls import TlsStream
@@ -33,6 +33,9 @@ class Link(Protocol):
 
     def recv_into(self, view: memoryview) -> int:
         """Bytes received; 0 when the other side has ended its half."""
+
+    def recv_all_into(self, view: memoryview) -> int:
+        """The same, but as much as comes before the time limit, if the system can."""
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """Send one message."""
@@ -56,6 +59,9 @@ class PlainLink:
         self._socket = sock
         self.recv_into = sock.recv_into
         self._sending = threading.Lock()
+
+    def recv_all_into(self, view: memoryview) -> int:
+        return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         with self._sending:
@@ -111,7 +117,7 @@ class TlsLink:
     can_send_files = False
 
     def __init__(self, stream: TlsStream) -> None:
-        self.recv_into = stream.recv_into
+        self.recv_into = self.recv_all_into = stream.recv_into
         self.send = self.send_each = stream.send_all
 
     def send_file(self, header: Buffer, fd: int, offset: int, length: int) -> int:

@@ -31,6 +31,8 @@ SMALL_READ: Final = 64 << 10
 """Reads up to here are answered in one chunk."""
 PIECE: Final = 256 << 10
 """Longer ones are read and sent in pieces of this size."""
+_PART: Final = 2
+"""Answers occupy memory until clients take them, so no more than one in so many bytes is for them."""
 
 
 class ReadAnswers:
@@ -79,7 +81,7 @@ class ReadAnswers:
 
         :raises ByreError: EOVERFLOW where there is no memory for it, which the protocol allows
         """
-        if not self._share.try_take(request.length):
+        if not self._share.try_take(request.length, part=_PART):
             raise ByreError("too many long requests are under way for an answer in one piece", errno=errno.EOVERFLOW)
         try:
             self._whole(request, Arena(request.length).view)
@@ -145,7 +147,7 @@ class ReadAnswers:
             _close(pieces)
         if length <= PIECE:
             self._whole(request, scratch)
-        elif self._share.try_take(length):
+        elif self._share.try_take(length, part=_PART):
             try:
                 self._whole(request, Arena(request.length).view)
             finally:

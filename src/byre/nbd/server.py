@@ -121,8 +121,8 @@ class Server(Host):
             if not self._claims[id(disk)]:
                 del self._claims[id(disk)]
 
-    def share(self) -> Share:
-        return Share(self._budget, CLIENT_MEMORY, lambda: self.stopping)
+    def share(self, interrupt: Callable[[], None]) -> Share:
+        return Share(self._budget, CLIENT_MEMORY, lambda: self.stopping, interrupt)
 
     # -- listening --------------------------------------------------------------------------------
 

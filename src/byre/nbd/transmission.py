@@ -11,6 +11,7 @@ request, 30 s for a request that was begun.
 
 from __future__ import annotations
 
+import errno
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -27,7 +28,7 @@ from .workers import Flight, Workers
 if TYPE_CHECKING:
     from .disk import Disk
     from .link import Link
-    from .memory import Share
+    from .memory import Reception, Share
     from .server_negotiation import Agreement
 
 __all__ = ["PAYLOAD_SECONDS", "Transmission"]
@@ -40,8 +41,8 @@ IN_SIZE: Final = 288 << 10
 OUT_SIZE: Final = 512 << 10
 SEND_AT: Final = 64 << 10
 """So many bytes of answers are sent although more could be added: the client works on them meanwhile."""
-SPARE_SIZE: Final = 4 << 20
-"""The largest payload whose buffer is kept for the next one."""
+PAYLOAD_PIECE: Final = 128 << 10
+"""Long payloads are received in pieces of this size, which show that they move."""
 
 MAX_REQUESTS: Final = 16
 """Requests under way for one client, apart from the one that is just being received."""
@@ -75,7 +76,6 @@ class Transmission:
         self._direct = self._make_direct(name)
         self._input = Arena(IN_SIZE)
         self._output = Arena(OUT_SIZE)
-        self._spare: Arena | None = None
         self._rest = agreement.rest
         self._leaving = False
         self._idle = False
@@ -122,7 +122,7 @@ class Transmission:
         """Begin no more requests; another thread calls this. Those that nobody has begun are dropped."""
         self.stopping = self._answers.stopping = True
         for task in self._workers.drop():
-            self._share.give_back(task.held)
+            self._answers.let_go(task)
         if self._direct is not None:
             self._direct.drop()
 
@@ -173,16 +173,17 @@ class Transmission:
         target = self._needed or head
         return target if self._fill(view[have:target]) else -1
 
-    def _fill(self, view: memoryview) -> bool:
+    def _fill(self, view: memoryview, deadline: float = 0) -> bool:
         """Receive all of ``view``; False if the client left.
 
+        :param deadline: ``monotonic()`` time; 0 for the time that a request may take
         :raises ProtocolError: it took too long
         """
-        recv_into = self._link.recv_into
-        deadline = monotonic() + PAYLOAD_SECONDS
+        receive = self._link.recv_all_into
+        deadline = deadline or monotonic() + PAYLOAD_SECONDS
         while view:
             try:
-                count = recv_into(view)
+                count = receive(view)
             except BlockingIOError:
                 count = -1
             if count == 0 or self.stopping:
@@ -197,37 +198,45 @@ class Transmission:
         """Receive a request whose payload does not fit into the input, and carry it out; False if the client left."""
         head = self._replies.request.size
         request = wire.decode_request(self._input.view[start : start + head], self._replies.extended)
-        length = request.length
+        share, length = self._share, request.length
         have = end - start - head
-        self._share.take(length)
+        reception = share.receive(length)
+        arena = share.budget.arena(length)
+        kept = False
         try:
-            payload = self._payload_buffer(length)[:length]
+            payload = arena.view[:length]
             payload[:have] = self._input.view[start + head : end]
-            if not self._fill(payload[have:]):
+            if not self._fill_long(payload[have:], reception):
                 return False
-            if self._dispatch(request, payload, alone=True, held=length):
-                self._spare = None
-                length = 0
+            kept = self._dispatch(request, payload, alone=True, arena=arena)
         finally:
-            self._share.give_back(length)
+            reception.end()
+            if not kept:
+                share.give_back(length)
+                share.budget.keep(arena)
         return True
 
-    def _payload_buffer(self, length: int) -> memoryview:
-        """Memory for one payload: kept for the next one unless it is very long. For the receiving thread."""
-        if length > SPARE_SIZE:
-            return Arena(length).view
-        if self._spare is None or len(self._spare) < length:
-            size = PIECE
-            while size < length:
-                size *= 2
-            self._spare = Arena(size)
-        return self._spare.view
+    def _fill_long(self, view: memoryview, reception: Reception) -> bool:
+        """:meth:`_fill` for a payload that occupies memory which others may need.
+
+        :raises ProtocolError: they did, and it had stopped coming
+        """
+        deadline = monotonic() + PAYLOAD_SECONDS
+        whole = True
+        for start in range(0, len(view), PAYLOAD_PIECE):
+            whole = self._fill(view[start : start + PAYLOAD_PIECE], deadline)
+            if not whole:
+                break
+            reception.moved_at = monotonic()
+        if not reception.end():
+            raise ProtocolError(f"{len(view)} bytes of a write stopped coming while others needed the memory")
+        return whole
 
     def _shrink(self) -> None:
         """Nothing came for a while: give memory back."""
         if not self._idle:
             self._idle = True
-            self._spare = None
+            self._share.budget.drop_kept()
             self._input.shrink()
             self._output.shrink()
 
@@ -343,11 +352,11 @@ class Transmission:
             return at
         request = wire.decode_request(self._input.view[at : at + head], replies.extended)
         payload_length = checks.payload_length(request, replies.extended)
-        if request.length > wire.MAX_PAYLOAD and (payload_length or request.command == wire.CMD_READ):
-            self._answers.fail(
-                request, ByreError(f"a request of {request.length} bytes, allowed are {wire.MAX_PAYLOAD}", errno=22)
-            )
-            raise ProtocolError(f"a request of {request.length} bytes")
+        if payload_length > wire.MAX_PAYLOAD:
+            # Not even to be thrown away is it received.
+            text = f"{payload_length} bytes behind a request, allowed are {wire.MAX_PAYLOAD}"
+            self._answers.fail(request, ByreError(text, errno=errno.EINVAL))
+            raise ProtocolError(text)
         if end - at - head < payload_length:
             self._needed = head + payload_length
             return at
@@ -357,13 +366,15 @@ class Transmission:
         self._dispatch(request, payload, alone=at == end)
         return at
 
-    def _dispatch(self, request: Request, payload: memoryview | None, *, alone: bool, held: int = 0) -> bool:
+    def _dispatch(
+        self, request: Request, payload: memoryview | None, *, alone: bool, arena: Arena | None = None
+    ) -> bool:
         """Check a request and carry it out, here or elsewhere.
 
         :param payload: the caller's again when this returns, unless it is kept
         :param alone: nothing else was received with it
-        :param held: bytes of the client's share that the payload occupies, if it may be kept
-        :returns: whether the payload is kept, with its part of the share
+        :param arena: what the payload lies in, if it may be kept
+        :returns: whether it is kept, with its part of the share
         """
         if request.command == wire.CMD_DISC:
             self._leaving = True
@@ -382,8 +393,8 @@ class Transmission:
             return False
         self._send_direct()
         self._wait_direct(PAYLOAD_SECONDS, MAX_REQUESTS - WORKERS)
-        if held:
-            self._workers.submit(Task(request, payload, held))
+        if arena is not None:
+            self._workers.submit(Task(request, payload, request.length, arena))
             return True
         if payload is None:
             self._workers.submit(Task(request))
