@@ -170,7 +170,8 @@ CREATE = {
 INFO = {
     *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.info", "byre.cli.output", "byre.image",
     "byre.io.engine", "byre.io.inflight", "byre.io.tables", "byre.formats.base", "byre.formats.qcow2.image",
-    "byre.formats.qcow2.lookup", "byre.formats.qcow2.mapping", "byre.formats.qcow2.opening", "byre.formats.qcow2.refcounts", "byre.formats.qcow2.unmapping",
+    "byre.formats.qcow2.lookup", "byre.formats.qcow2.mapping", "byre.formats.qcow2.opening",
+    "byre.formats.qcow2.refcounts", "byre.formats.qcow2.unmapping",
     "byre.formats.qcow2.amend_ability", "byre.formats.qcow2.bitmap_ability", "byre.formats.qcow2.snapshot_ability",
     "byre.io.sectors", "byre.io.cached",
 }  # fmt: skip
