@@ -203,6 +203,16 @@ class BackingChangeable(Protocol):
 
 
 @runtime_checkable
+class KnowsParent(Protocol):
+    """Refuses a backing file that was changed since the image was put on top of it."""
+
+    def accept_changes_below(self) -> None:
+        """The backing file is open for writing and about to be changed by somebody who keeps what the image reads as:
+        it is known again afterwards. Durable on return.
+        """
+
+
+@runtime_checkable
 class Emptiable(Protocol):
     def make_empty(self) -> None:
         """Everything becomes unallocated, so that the backing file shows; the space is given back."""

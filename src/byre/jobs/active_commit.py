@@ -16,7 +16,7 @@ from ..graph.live import Frozen, Tolerated, quiesce
 from ..graph.node import PERM_RESIZE
 from ..graph.relinking import backing_edges
 from ..graph.reopening import set_read_only
-from .commit import check_base
+from .commit import check_base, keep_known
 from .job import Job
 from .livecopy import Policies
 from .mirror import MirrorJob, MirrorOptions, default_granularity
@@ -68,6 +68,7 @@ class ActiveCommitJob(MirrorJob):
         if base.read_only:
             set_read_only(graph, base, False)
         super()._open_target()
+        keep_known(graph, self._source_node, base)
         if base.size < self._source_node.size:
             edge = self._writer._root
             graph.set_image_permissions(edge, edge.used | PERM_RESIZE, edge.shared)

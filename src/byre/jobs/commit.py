@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import AccessDenied, ByreError, InvalidArgument, ReadOnly
-from ..formats.abilities import Emptiable
+from ..formats.abilities import Emptiable, KnowsParent
 from ..graph import chain
 from ..graph.live import Tolerated
-from ..graph.relinking import backing_edges
+from ..graph.relinking import backing_edges, writable
 from ..image import Image
 from ..io.extent import UNALLOCATED, ZERO
 from . import blockcopy
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..graph.graph import Graph
     from ..graph.node import Node
     from .job import Control
     from .journal import Journal
 
-__all__ = ["CommitJob", "check_base", "commit_journal"]
+__all__ = ["CommitJob", "check_base", "commit_journal", "keep_known"]
 
 
 class CommitJob(Job):
@@ -66,6 +67,7 @@ class CommitJob(Job):
 
     def run(self, control: Control) -> None:
         target = self._open_base()
+        keep_known(self.top.graph, self.top.node, self.base)
         if target.size < self.top.size:
             target.resize(self.top.size)
         control.total = self.top.size
@@ -155,6 +157,22 @@ def _window(top: Node, base: Node, offset: int, length: int) -> tuple[NDArray[np
     apart = (starts[1:] != stops[:-1]) | (actions[1:] != actions[:-1])
     first = np.append(True, apart)
     return starts[first], stops[np.append(apart, True)], actions[first]
+
+
+def keep_known(graph: Graph, top: Node, base: Node) -> None:
+    """``base``, open for writing, is going to be changed; the layer above it may notice such things, but not this one.
+
+    Nobody writes to that layer meanwhile.
+    """
+    above = next((layer for layer in chain.layers(top) if _below(layer) is base), None)
+    if isinstance(above, KnowsParent):
+        with writable(graph, above):
+            above.accept_changes_below()
+
+
+def _below(layer: Node) -> Node | None:
+    edge = layer.children.get("backing")
+    return chain.skip_filters(edge.node) if edge is not None else None
 
 
 def check_base(top: Image, base: Node) -> None:

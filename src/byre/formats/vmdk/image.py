@@ -151,6 +151,19 @@ class VmdkNode(StoredFormat):
                              where=self.filename)  # fmt: skip
         self._parent = child.node
 
+    def accept_changes_below(self) -> None:
+        from .writing import record_parent
+
+        child = self.children["backing"]
+        parent = skip_filters(child.node)
+        if not isinstance(parent, VmdkNode):
+            return
+        with parent.lock:
+            parent.begin_change()
+        with self.lock:
+            self.guarded(lambda: record_parent(self, parent.cid))
+        self._parent = child.node
+
     # -- looking ----------------------------------------------------------------------------------
 
     def extent_at(self, offset: int) -> DiskExtent:

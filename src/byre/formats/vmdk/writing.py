@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .image import VmdkNode
 
-__all__ = ["new_allocator", "settle", "start", "write_back"]
+__all__ = ["new_allocator", "record_parent", "settle", "start", "write_back"]
 
 
 def start(node: VmdkNode) -> None:
@@ -73,6 +73,22 @@ def _change_content_id(node: VmdkNode) -> None:
     text = f"{cid:0{digits}x}".encode()
     node.file.write_from(node.descriptor_at + descriptor.cid_at, memoryview(text))
     node.cid = cid
+
+
+def record_parent(node: VmdkNode, cid: int) -> None:
+    """The parent has another content ID; durable on return.
+
+    :raises NotSupported: the descriptor has no room for it
+    """
+    descriptor = node.descriptor
+    if descriptor is None:
+        return
+    text = f"{cid:0{descriptor.parent_cid_digits}x}".encode()
+    if len(text) != descriptor.parent_cid_digits:
+        raise NotSupported("the descriptor has no room for the content ID of the parent", where=node.filename)
+    node.file.write_from(node.descriptor_at + descriptor.parent_cid_at, memoryview(text))
+    node.file.flush()
+    node.parent_cid = cid
 
 
 def _allocators(node: VmdkNode) -> Iterator[Allocator]:
