@@ -379,6 +379,23 @@ def test_broken_bitmaps(change: dict[str, Any], said: str) -> None:
             node.bitmap_store().all()
 
 
+@pytest.mark.parametrize("entry", [1 << 60, 0xFFFFFFFE, 5 * 8 + 1])
+def test_bits_that_lie_nowhere_do_not_push_clusters_away(entry: int) -> None:
+    memory = with_bitmap(table=(entry,))
+    data = bytearray(memory.to_bytes())
+    struct.pack_into("<2I", data, 64 + 4 * 100, 1 << 20, 1)  # outside, and a cluster that another entry has
+    memory = MemoryNode(bytes(data))
+    with open_image(memory, "parallels", check=True) as image:
+        result = checked(image, "all")
+        assert (result.corruptions, result.corruptions_fixed) == (0, 2)
+    assert len(memory.to_bytes()) <= 9 * CLUSTER
+    with open_image(memory, "parallels") as image:
+        image.write(7 * CLUSTER, b"x" * CLUSTER)
+        assert image.read(7 * CLUSTER, CLUSTER) == b"x" * CLUSTER
+        assert image.read(101 * CLUSTER, 1) == image.read(0, 1) == b"0"
+    assert look(memory)[:3] == (0, 0, 0)
+
+
 def test_unknown_features_are_passed_over() -> None:
     with open_image(with_bitmap(kind=99), "parallels", read_only=True) as image:
         assert image.node.format_info() == {"bitmaps": []}  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ FIX_EVERY = 6
 FOUND = (
     ("qcow2-data-file", 1909), ("vhdx", 1321), ("vhdx-child", 1030), ("cloop", 0), ("asif", 34), ("dmg", 1364),
     ("dmg-fork", 1058), ("ewf", 2262), ("ewf-segments", 1965), ("vhdx-logged", 20448), ("vhdx-child", 20013),
-    ("parallels", 20309),
+    ("parallels", 20309), ("parallels-bitmap", 50342), ("parallels-bitmap", 52065),
 )  # fmt: skip
 
 

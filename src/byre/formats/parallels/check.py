@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ...units import SECTOR
+from ...units import SECTOR, align_up
 from ..abilities import CheckResult
 from .layout import IN_USE
 
@@ -124,10 +124,12 @@ class _Check:
             return 0
         from .extension import read_extension
 
-        sectors = [self.node.header.extension_sector]
-        for stored in read_extension(self.node):
-            sectors += [entry for entry in stored.table if entry > 1]
-        return max(sectors) * SECTOR + self.node.cluster_size
+        node, base = self.node, self.node.map.space.base
+        sectors = [node.header.extension_sector]
+        for stored in read_extension(node):
+            # What lies nowhere is no reason to keep space.
+            sectors += [entry for entry in stored.table if 1 < entry < node.file.size // SECTOR]
+        return base + align_up(max(sectors) * SECTOR + node.cluster_size - base, node.cluster_size)
 
     def _duplicates(self) -> None:
         again = self._repeats()
