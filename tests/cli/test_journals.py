@@ -226,6 +226,23 @@ def test_a_source_that_was_written_to_is_copied_again() -> None:
     assert read("copy.raw") == b"new" * 1000 + shown[3000:]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("verb", ["mirror", "backup"])
+def test_a_file_that_is_no_journal(verb: str, resume: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    chain()
+    Path("other").write_bytes(b"precious")
+    before = sorted(path.name for path in Path().iterdir())
+    for name in ("top.qcow2", "other", *(() if resume else ("target",))):
+        words = [verb, "--journal", name, *(["--resume"] if resume else []), "top.qcow2", "target"]
+        capsys.readouterr()
+        assert main(words) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "delete" not in said
+        assert sorted(path.name for path in Path().iterdir()) == before
+    assert Path("other").read_bytes() == b"precious"
+
+
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown = chain()
     assert main(["create", "-q", "other.raw", str(SIZE)]) == 0

@@ -144,8 +144,38 @@ def test_damaged_journals_are_refused(path: str, spoil: Callable[[bytearray], No
     data = bytearray(Path(path).read_bytes())
     spoil(data)
     Path(path).write_bytes(data)
-    with pytest.raises(ImageError, match="delete it"):
+    with pytest.raises(ImageError, match=r"damaged|no journal"):
         Journal.open(path)
+
+
+def test_it_gets_its_name_when_it_is_complete(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before that, it leaves nothing behind."""
+    seen = []
+    pwrite, fsync = os.pwrite, os.fsync
+    monkeypatch.setattr(os, "pwrite", lambda *given: (seen.append(os.path.exists(path)), pwrite(*given))[1])
+    monkeypatch.setattr(os, "fsync", lambda *given: (seen.append(os.path.exists(path)), fsync(*given))[1])
+    Journal.create(path, ABOUT, 10 * UNIT, UNIT).close()
+    assert seen == [False, False, False, True]  # the last one is of the folder
+
+
+def test_where_files_must_have_names(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_CREAT | os.O_EXCL)  # refused for a folder
+    Journal.create(path, ABOUT, 10 * UNIT, UNIT).close()
+    Journal.open(path).close()
+    with pytest.raises(AlreadyExists, match="unfinished job"):
+        Journal.create(path, ABOUT, 10 * UNIT, UNIT)
+
+
+@pytest.mark.parametrize("content", [b"", b"QFI\xfb" * 100000, bytes(BITS_AT + 2)])
+def test_a_file_that_is_no_journal_is_not_to_be_deleted(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)
+    with pytest.raises(AlreadyExists, match=r"no journal.*another name") as refused:
+        Journal.create(path, ABOUT, 10 * UNIT, UNIT)
+    assert "delete" not in str(refused.value)
+    with pytest.raises(ImageError, match="no journal") as refused_too:
+        Journal.begin(path, ABOUT, 10 * UNIT, UNIT, resume=True)
+    assert "delete" not in str(refused_too.value)
+    assert Path(path).read_bytes() == content
 
 
 def test_a_journal_that_was_being_made_is_refused(path: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from ..errors import AlreadyExists, ByreError, InvalidArgument, NotSupported
+from ..errors import ByreError, InvalidArgument, NotSupported
 from ..units import SECTOR, align_up
 from . import common
 from .create import declared_options
@@ -82,19 +82,28 @@ class Target:
         self._source = source
         self._options = options
         self._name = given.positional[-1]
-        journal = common.journal_path(given)
+        self._journal = common.journal_path(given)
         #: What another run has begun is there already, and stays for the next one if this one fails.
-        self._resumed = given.has("resume") and os.path.exists(journal)
-        if journal and not self._resumed and os.path.exists(journal):
-            raise AlreadyExists("the journal of an unfinished job is there", where=journal,
-                                hint="go on with --resume, or delete it to begin anew")  # fmt: skip
-        self._kept = bool(journal)
+        self._resumed = given.has("resume") and os.path.exists(self._journal)
+        if self._journal:
+            self._check_journal()
         #: Made by this run or the one before.
         self._ours = not given.has("no-create")
         self._new = self._ours and not self._resumed
         self._format = given.last("output-format", source.format if self._ours else "")
         self._made: MadeFiles | None = None
         self._image: Image | None = None
+
+    def _check_journal(self) -> None:
+        """:raises ByreError: there is none to go on with, or one that is not to be; before anything is made"""
+        from ..jobs.journal import Journal
+
+        if self._resumed:
+            Journal.open(self._journal).close()
+        else:
+            Journal.check_absent(self._journal)
+            if os.path.abspath(self._journal) == os.path.abspath(self._name):
+                raise InvalidArgument("the journal and the target are one file", where=self._name)
 
     def __enter__(self) -> Image:
         from ..jobs.convert import MadeFiles, check_not_source
@@ -164,7 +173,7 @@ class Target:
             self._remove(error)
 
     def _remove(self, error: BaseException) -> None:
-        if self._kept and os.path.exists(common.journal_path(self._given)):
+        if self._journal and os.path.exists(self._journal):
             common.warn(f"{self._name} is kept: the same command with --resume goes on")
         elif self._made is not None:
             left = self._made.remove(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 import threading
 import zlib
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import AlreadyExists, ByreError, ImageError, InvalidArgument, from_oserror
 from ..graph import chain
 from ..io.workers import spawn
+from .bits import PAGE, all_set, any_set, fill, join, pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +34,6 @@ _HEAD = struct.Struct("<16sIIQQ")
 BITS_AT: Final = 65536
 """Where the bits begin; all in front of them is the header."""
 MAX_BITS: Final = 1 << 31
-_PAGE: Final = 4096
 _INTERVAL: Final = 1.0
 """Seconds between two checkpoints."""
 
@@ -105,13 +106,8 @@ class Journal:
             raise InvalidArgument(f"a journal of {count} parts is too large: choose a larger granularity")
         head = _header(about, size, granularity)
         bits = bytearray(-(-count // 8))
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise AlreadyExists("the journal of an unfinished job is there", where=path,
-                                hint="go on with --resume, or delete it to begin anew") from None  # fmt: skip
-        except OSError as error:
-            raise from_oserror(error, "cannot make the journal", path) from None
+        cls.check_absent(path)
+        descriptor, named = _new_file(path)
         try:
             # Its space is taken now: taking back what is done must not fail for want of it.
             os.posix_fallocate(descriptor, 0, BITS_AT + len(bits))
@@ -119,12 +115,34 @@ class Journal:
             # The header comes last: a journal that has one is complete.
             os.pwrite(descriptor, head, 0)
             os.fsync(descriptor)
+            if not named:
+                # With a descriptor, however useless, the link in /proc is followed.
+                os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
             _sync_folder(path)
         except OSError as error:
             os.close(descriptor)
-            os.unlink(path)
+            if named:
+                os.unlink(path)
             raise from_oserror(error, "cannot write the journal", path) from None
         return cls(path, descriptor, _plain(about), size, granularity, bits)
+
+    @staticmethod
+    def check_absent(path: str) -> None:
+        """:raises AlreadyExists: a journal is there, of a job that was not finished; or another file"""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise from_oserror(error, "cannot make the journal", path) from None
+        try:
+            is_journal = stat.S_ISREG(os.fstat(descriptor).st_mode) and os.pread(descriptor, 16, 0) == MAGIC
+        finally:
+            os.close(descriptor)
+        if is_journal:
+            raise AlreadyExists("the journal of an unfinished job is there", where=path,
+                                hint="go on with --resume, or delete it to begin anew")  # fmt: skip
+        raise AlreadyExists("there is a file that is no journal", where=path, hint="give the journal another name")
 
     @classmethod
     def open(cls, path: str) -> Journal:
@@ -188,7 +206,7 @@ class Journal:
         """Nothing is done any more; the sources are now as ``about`` says."""
         with self._lock:
             self._done[:] = bytes(len(self._done))
-            self._write(set(range(-(-len(self._done) // _PAGE))))
+            self._write(set(range(-(-len(self._done) // PAGE))))
             try:
                 os.pwrite(self._descriptor, _header(about, self.size, self.granularity), 0)
                 os.fdatasync(self._descriptor)
@@ -233,8 +251,8 @@ class Journal:
         with self._lock:
             bits = np.frombuffer(bytes(self._done), np.uint8)
         carry = -1
-        for at in range(0, len(bits), _PAGE):
-            part = np.unpackbits(bits[at : at + _PAGE], bitorder="little")
+        for at in range(0, len(bits), PAGE):
+            part = np.unpackbits(bits[at : at + PAGE], bitorder="little")
             edges = np.flatnonzero(np.diff(part, prepend=np.uint8(carry >= 0), append=part[-1:])).tolist()
             for edge in edges:
                 if carry < 0:
@@ -249,7 +267,7 @@ class Journal:
         """Whether all of a range is durable in the target."""
         first, last = offset // self.granularity, -(-(offset + length) // self.granularity)
         with self._lock:
-            return offset + length <= self.size and _all(self._done, first, last)
+            return offset + length <= self.size and all_set(self._done, first, last)
 
     def finished(self, offset: int, length: int) -> None:
         """The range was written to the target. It counts once it is durable, unless it is being changed again."""
@@ -266,7 +284,7 @@ class Journal:
         unit = self.granularity
         first, last = offset // unit, -(-(offset + length) // unit)
         with self._lock:
-            waiting = _any(self._pending, first, last) or _any(self._flushing, first, last)
+            waiting = any_set(self._pending, first, last) or any_set(self._flushing, first, last)
         if waiting:
             self.checkpoint(flush)
 
@@ -280,10 +298,10 @@ class Journal:
         entry = (first, last)
         with self._lock:
             for bits in (self._pending, self._flushing):
-                _fill(bits, first, last, False)
-            if _any(self._done, first, last):
-                _fill(self._done, first, last, False)
-                self._write(set(_pages_of(first, last)))
+                fill(bits, first, last, False)
+            if any_set(self._done, first, last):
+                fill(self._done, first, last, False)
+                self._write(set(pages_of(first, last)))
             self._writes.append(entry)
         return entry
 
@@ -297,8 +315,8 @@ class Journal:
         return -(-offset // unit), -(-self.size // unit) if end >= self.size else end // unit
 
     def _set(self, bits: bytearray, first: int, last: int) -> None:
-        _fill(bits, first, last, True)
-        self._pages.update(_pages_of(first, last))
+        fill(bits, first, last, True)
+        self._pages.update(pages_of(first, last))
 
     # -- durability -------------------------------------------------------------------------------
 
@@ -317,8 +335,8 @@ class Journal:
                 return
             pages, self._pages = self._pages, set()
             for page in pages:
-                part = slice(page * _PAGE, (page + 1) * _PAGE)
-                self._flushing[part] = _join(self._flushing[part], self._pending[part])
+                part = slice(page * PAGE, (page + 1) * PAGE)
+                self._flushing[part] = join(self._flushing[part], self._pending[part])
                 self._pending[part] = bytes(len(self._pending[part]))
         try:
             flush()
@@ -328,15 +346,15 @@ class Journal:
             raise
         with self._lock:
             for page in pages:
-                part = slice(page * _PAGE, (page + 1) * _PAGE)
-                self._done[part] = _join(self._done[part], self._flushing[part])
+                part = slice(page * PAGE, (page + 1) * PAGE)
+                self._done[part] = join(self._done[part], self._flushing[part])
                 self._flushing[part] = bytes(len(self._flushing[part]))
             self._write(pages)
 
     def _write(self, pages: set[int]) -> None:
         try:
             for page in sorted(pages):
-                os.pwrite(self._descriptor, self._done[page * _PAGE : (page + 1) * _PAGE], BITS_AT + page * _PAGE)
+                os.pwrite(self._descriptor, self._done[page * PAGE : (page + 1) * PAGE], BITS_AT + page * PAGE)
             os.fdatasync(self._descriptor)
         except OSError as error:
             raise from_oserror(error, "cannot write the journal", self.path) from None
@@ -406,7 +424,8 @@ def _load(descriptor: int, path: str) -> tuple[dict[str, object], int, int, byte
     except OSError as error:
         raise from_oserror(error, "cannot read the journal", path) from None
     if len(head) < _HEAD.size or not head.startswith(MAGIC):
-        raise ImageError("the file is no journal of byre, or was never complete", where=path, hint="delete it")
+        raise ImageError("the file is no journal, or one that was never complete", where=path,
+                         hint="leave out --resume, and give the journal another name")  # fmt: skip
     _, crc, size_of_text, size, granularity = _HEAD.unpack_from(head)
     text = head[_HEAD.size : _HEAD.size + size_of_text]
     count = -(-size // granularity) if granularity else MAX_BITS + 1
@@ -419,9 +438,16 @@ def _load(descriptor: int, path: str) -> tuple[dict[str, object], int, int, byte
     return about, size, granularity, bits
 
 
-def _pages_of(first: int, last: int) -> range:
-    """The pages of the file that bits ``[first, last)`` lie in."""
-    return range(first // 8 // _PAGE, (last - 1) // 8 // _PAGE + 1)
+def _new_file(path: str) -> tuple[int, bool]:
+    """(descriptor, whether it has its name already: where it can be done without, it gets one when it is complete)."""
+    try:
+        return os.open(os.path.dirname(path) or ".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600), False
+    except OSError:
+        pass  # not this kind of file system, or no such folder
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True
+    except OSError as error:
+        raise from_oserror(error, "cannot make the journal", path) from None
 
 
 def _sync_folder(path: str) -> None:
@@ -435,40 +461,3 @@ def _sync_folder(path: str) -> None:
 def _brief(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _fill(bits: bytearray, first: int, last: int, value: bool) -> None:
-    """Set or clear bits ``[first, last)``, the lowest of a byte first."""
-    while first < last and first % 8:
-        _put(bits, first, value)
-        first += 1
-    while first < last and last % 8:
-        last -= 1
-        _put(bits, last, value)
-    if first < last:
-        bits[first // 8 : last // 8] = (b"\xff" if value else b"\0") * (last // 8 - first // 8)
-
-
-def _put(bits: bytearray, index: int, value: bool) -> None:
-    if value:
-        bits[index // 8] |= 1 << index % 8
-    else:
-        bits[index // 8] &= ~(1 << index % 8)
-
-
-def _any(bits: bytearray, first: int, last: int) -> bool:
-    if first >= last:
-        return False
-    number = int.from_bytes(bits[first // 8 : (last - 1) // 8 + 1], "little") >> first % 8
-    return bool(number & ((1 << last - first) - 1))
-
-
-def _all(bits: bytearray, first: int, last: int) -> bool:
-    if first >= last:
-        return True
-    number = int.from_bytes(bits[first // 8 : (last - 1) // 8 + 1], "little") >> first % 8
-    return number & (mask := (1 << last - first) - 1) == mask
-
-
-def _join(one: bytearray, other: bytearray) -> bytes:
-    return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
