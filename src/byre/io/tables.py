@@ -4,6 +4,9 @@ A table is kept as an ``array("Q")`` in host byte order (scalar code indexes it,
 numpy) or, where entries are not 64 bits wide, as the bytes on disk. What changed is remembered by
 pages of 4 KiB, and only those are written; entries never cross a 512-byte sector, so a torn write
 leaves each entry old or new.
+
+Where tables are large and the cache does not hold all of them, what is only looked at may be kept in parts
+(``part_length``): a table is whole before it changes, and its parts are forgotten then.
 """
 
 from __future__ import annotations
@@ -100,6 +103,9 @@ class TableCache:
     :param words: tables of 64-bit entries rather than bytes
     :param order: that of the entries in the file, "big" or "little"
     :ivar vet: called with the host offset of a table about to be written; raises if it must not be
+    :ivar part_length: bytes of a part, a power of two; 0 to keep whole tables only
+    :ivar parts: words of tables that are not here as a whole, by the offset of the part; they count as much as the
+        tables they are of
     :ivar clean_interval: seconds after which a clean table that was not used is dropped; 0 for never
     :ivar report: told ``load_event`` and ``update_event`` before a table is read or written
     """
@@ -115,6 +121,8 @@ class TableCache:
         self.words = words
         self.tables: dict[int, Table] = {}
         self.dirty: dict[int, Table] = {}
+        self.part_length = 0
+        self.parts: dict[int, array[int]] = {}
         self._relieve = relieve
         self.vet: Callable[[int], None] | None = None
         self.clean_interval = 0
@@ -126,6 +134,7 @@ class TableCache:
         table = self.tables.get(host)
         if table is None:
             self._make_room()
+            self._forget_parts(host)
             if self.report is not None:
                 self.report(self.load_event)
             data = bytearray(self.length)
@@ -138,9 +147,38 @@ class TableCache:
         table.used = True
         return table
 
+    def part(self, host: int, position: int) -> array[int]:
+        """Words of the part that byte ``position`` of the table at ``host`` lies in; to look at, not to change."""
+        at = host + position // self.part_length * self.part_length
+        words = self.parts.get(at)
+        if words is None:
+            self._make_room()
+            most = (self.capacity - len(self.tables)) * self.length // self.part_length
+            if len(self.parts) >= most:
+                # The oldest ones; looking for the least used would cost as much as reading it again.
+                for old in list(self.parts)[: len(self.parts) - most + 1 + most // 8]:
+                    del self.parts[old]
+            if self.report is not None:
+                self.report(self.load_event)
+            data = bytearray(self.part_length)
+            self.file.read_into(at, memoryview(data))
+            words = self.parts[at] = decode_words(data, self.order)
+        return words
+
+    def use_parts(self, length: int) -> None:
+        """Parts have ``length`` bytes from now on; 0 for none."""
+        self.parts.clear()
+        self.part_length = length if length < self.length else 0
+
+    def _forget_parts(self, host: int) -> None:
+        if self.parts:
+            for at in range(host, host + self.length, self.part_length):
+                self.parts.pop(at, None)
+
     def create(self, host: int, like: Table | None = None) -> Table:
         """A new table at ``host``, empty or a copy, wholly dirty; nothing is read."""
         self._make_room()
+        self._forget_parts(host)
         if self.words:
             words = like.words[:] if like and like.words is not None else array("Q", bytes(self.length))
             table = Table(host, words, None, self.order)
@@ -161,11 +199,13 @@ class TableCache:
         """The table at ``host`` exists no longer; its changes need not be written."""
         self.tables.pop(host, None)
         self.dirty.pop(host, None)
+        self._forget_parts(host)
 
     def drop_all(self) -> None:
         """Forget everything; there must be no dirty table."""
         self.tables.clear()
         self.dirty.clear()
+        self.parts.clear()
 
     def write_dirty(self) -> int:
         """Write the changed pages; the number of tables written."""
@@ -188,6 +228,7 @@ class TableCache:
         if not self.clean_interval or now - self._cleaned < self.clean_interval:
             return
         self._cleaned = now
+        self.parts.clear()
         for host, table in list(self.tables.items()):
             if table.used:
                 table.used = False
@@ -198,6 +239,8 @@ class TableCache:
         if self.clean_interval:
             self.clean()
         if len(self.tables) < self.capacity:
+            if self.parts and len(self.parts) * self.part_length > (self.capacity - len(self.tables) - 1) * self.length:
+                self.parts.clear()
             return
         if len(self.dirty) >= self.capacity - 1:
             self._relieve()

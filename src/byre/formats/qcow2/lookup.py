@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from ...io.extentmap import ExtentMap
     from .layout import Header
 
-__all__ = ["Lookup"]
+__all__ = ["PART_BYTES", "Lookup"]
 
 _CACHE_BYTES: Final = 32 << 20
+PART_BYTES: Final = 4096
+"""Where the cache does not hold all tables, what is read of them is kept in parts of this size."""
 _BULK: Final = 150
 """From this many entries on, numpy is quicker than a loop."""
 
@@ -49,6 +51,8 @@ class Lookup:
         self.l1 = l1
         self.l1_offset = header.l1_table_offset
         self.l2 = TableCache(file, self.cluster_size, _CACHE_BYTES >> header.cluster_bits, True, relieve)
+        if (-(-header.size >> header.cluster_bits) << (4 if self.extended else 3)) > _CACHE_BYTES:
+            self.l2.use_parts(PART_BYTES)
         self._report = file.debug_event if file.takes_events else None
         self.l2.report = self._report
         self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
@@ -77,6 +81,8 @@ class Lookup:
         table = self.l2.tables.get(host)
         if table is None:
             host = self._l2_host(l1_index)
+            if self.l2.part_length:
+                return self._lookup_part(host, offset, length)
             table = self.l2.get(host)
         table.used = True
         words = table.words
@@ -96,6 +102,22 @@ class Lookup:
             return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
         return self._runs(words, index, count, offset, length)
 
+    def _lookup_part(self, host: int, offset: int, length: int) -> list[Extent]:
+        """Extents up to the end of the part of the table at ``host`` that ``offset`` belongs to."""
+        width = 16 if self.extended else 8
+        index = offset >> self.cluster_bits & self.l2_mask
+        words = self.l2.part(host, index * width)
+        count = self.l2.part_length // width
+        first = index & ~(count - 1)
+        skip = offset & (self.cluster_size - 1)
+        length = min(length, (first + count - index << self.cluster_bits) - skip)
+        if self.extended:
+            return self._lookup_extended(words, offset, length, first)
+        index, count = index - first, (skip + length - 1 >> self.cluster_bits) + 1
+        if count >= _BULK:
+            return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
+        return self._runs(words, index, count, offset, length)
+
     def cached_host(self, offset: int, length: int) -> int:
         """Where a range lies in the data file, in one piece, as tables in memory say: -1 if not, -2 if nowhere."""
         l1_index = offset >> self.span_bits
@@ -106,10 +128,18 @@ class Lookup:
             return -1
         entry = self.l1[l1_index] & OFFSET_MASK
         table = self.l2.tables.get(entry)
-        if table is None or table.words is None:
-            return -1 if entry else -2
-        table.used = True
-        words = table.words
+        if table is not None and table.words is not None:
+            table.used = True
+            words = table.words
+        elif not entry:
+            return -2
+        else:
+            length = self.l2.part_length
+            part = self.l2.parts.get(entry + (index * 8 & -length)) if length else None
+            index &= (length >> 3) - 1
+            if part is None or index + count > len(part):
+                return -1
+            words = part
         word = words[index]
         if not word and not self.data_file:
             return -2 if count == 1 or not any(words[index : index + count]) else -1
@@ -154,12 +184,13 @@ class Lookup:
         return Corrupt(f"cannot map guest offset {guest:#x}: {error.message}", where=self.where,
                        hint='run "byre check"')  # fmt: skip
 
-    def _lookup_extended(self, words: array[int], offset: int, length: int) -> list[Extent]:
+    def _lookup_extended(self, words: array[int], offset: int, length: int, first: int = 0) -> list[Extent]:
+        """:param first: the table's entry that ``words`` begin with"""
         bits, sub_bits = self.cluster_bits, self.sub_bits
         end = min(offset + length, ((offset >> self.span_bits) + 1) << self.span_bits)
         rows: list[Extent] = []
         while offset < end:
-            index = (offset >> bits & self.l2_mask) * 2
+            index = ((offset >> bits & self.l2_mask) - first) * 2
             guest = offset >> bits << bits
             sub = (offset - guest) >> sub_bits
             word, bitmap = words[index], words[index + 1]

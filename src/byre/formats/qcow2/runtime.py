@@ -1,14 +1,16 @@
 """qcow2's run-time options: which values go together, what they change, and what becomes of older ones when an image
 is reopened.
 
-Caches hold whole tables: ``l2-cache-entry-size`` is checked and changes nothing. What ``overlap-check`` looks for is in
-:mod:`.overlap`, lazy reference counts are in :mod:`.writeback`.
+What ``overlap-check`` looks for is in :mod:`.overlap`, lazy reference counts are in :mod:`.writeback`. With
+``l2-cache-entry-size`` below the cluster size, tables that are only read are cached in parts of that size; a table that
+changes is held as a whole.
 """
 
 from __future__ import annotations
 
 from ...errors import ByreError, InvalidArgument, NotSupported
 from ...typing import TYPE_CHECKING, Final
+from .lookup import PART_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +23,6 @@ __all__ = ["check_options", "join_options", "tune"]
 
 _SMALLEST_ENTRY: Final = 512
 _DEFAULT_L2_CACHE: Final = 32 << 20
-_DEFAULT_ENTRY: Final = 4096
 _MOST_ENTRIES: Final = (1 << 31) - 1
 
 _REFCOUNT_CACHE: Final = 8 << 20
@@ -73,15 +74,21 @@ def _check_caches(options: OptionValues, header: Header) -> None:
     # A cache larger than all tables together is as large as those.
     whole = _whole(header)
     l2 = min(_DEFAULT_L2_CACHE if l2 is None else l2, whole)
-    entry = options.optional_number("l2-cache-entry-size")
-    if entry is None:
-        entry = header.cluster_size if l2 >= whole else min(header.cluster_size, _DEFAULT_ENTRY)
+    entry = _entry_size(options, header, l2)
     if not _SMALLEST_ENTRY <= entry <= header.cluster_size or entry & (entry - 1):
         raise InvalidArgument(f"option 'l2-cache-entry-size' is {entry}: must be a power of two from {_SMALLEST_ENTRY} "
                               f"to the cluster size, which is {header.cluster_size}")  # fmt: skip
     for name, size, unit in zip(_PARTS, (l2, refcount or 0), (entry, header.cluster_size), strict=True):
         if size // unit > _MOST_ENTRIES:
             raise InvalidArgument(f"option {name!r} is {size}: that is over {_MOST_ENTRIES} tables of {unit} bytes")
+
+
+def _entry_size(options: OptionValues, header: Header, l2: int) -> int:
+    """Bytes of what the L2 cache of ``l2`` bytes is made of: whole tables where it holds all there are."""
+    given = options.optional_number("l2-cache-entry-size")
+    if given is not None:
+        return given
+    return header.cluster_size if l2 >= _whole(header) else min(header.cluster_size, PART_BYTES)
 
 
 def tune(node: Qcow2Node) -> None:
@@ -93,6 +100,9 @@ def tune(node: Qcow2Node) -> None:
     options, header = node.runtime, node.header
     l2, counts = _cache_sizes(options, header)
     interval = options.optional_number("cache-clean-interval")
+    part = _entry_size(options, header, l2)
+    if part < header.cluster_size or node.mapping.l2.part_length:
+        node.mapping.l2.use_parts(part)
     for cache, size in ((node.mapping.l2, l2), (node.refcounts.blocks if node.refcounts else None, counts)):
         if cache is not None:
             cache.capacity = max(size >> header.cluster_bits, _LEAST_TABLES)

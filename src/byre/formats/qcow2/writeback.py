@@ -144,7 +144,7 @@ def _forget(node: Qcow2Node, freed: list[tuple[int, int]]) -> None:
     runs = sorted(freed)
     starts = [start for start, _ in runs]
     for cache in (node.mapping.l2, node.refcounts.blocks):
-        for host in list(cache.tables):
+        for host in [*cache.tables, *cache.parts]:
             index = bisect_right(starts, host) - 1
             if index >= 0 and host < sum(runs[index]):
-                cache.forget(host)
+                cache.forget(host & -cache.length)
