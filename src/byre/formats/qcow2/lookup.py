@@ -57,7 +57,7 @@ class Lookup:
         self.l2.report = self._report
         self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
 
-    def _l2_host(self, l1_index: int) -> int:
+    def l2_host(self, l1_index: int) -> int:
         """Host offset of an L2 table, 0 if there is none.
 
         :raises Corrupt: the L1 entry is no cluster offset
@@ -80,7 +80,7 @@ class Lookup:
         host = entry & OFFSET_MASK
         table = self.l2.tables.get(host)
         if table is None:
-            host = self._l2_host(l1_index)
+            host = self.l2_host(l1_index)
             if self.l2.part_length:
                 return self._lookup_part(host, offset, length)
             table = self.l2.get(host)
@@ -246,7 +246,7 @@ class Lookup:
 
     def _words_of(self, l1_index: int, stop: int) -> tuple[array[int], int]:
         """Entries of consecutive L2 tables from ``l1_index``: the cached one, or a run that lies together on disk."""
-        host = self._l2_host(l1_index)
+        host = self.l2_host(l1_index)
         cached = self.l2.tables.get(host)
         if cached is not None and cached.words is not None:
             return cached.words, 1

@@ -92,7 +92,7 @@ class Mapping(Lookup):
     def table_for_write(self, l1_index: int) -> Table:
         """The L2 table of ``l1_index``, owned by the active layer alone: made or copied if need be."""
         entry = self.l1[l1_index]
-        host = self._l2_host(l1_index)
+        host = self.l2_host(l1_index)
         if host and entry & COPIED:
             if self._guard is not None:
                 self._guard.check_l2(host)

@@ -61,7 +61,7 @@ TEMPLATES: Final = {
 }
 """Levels: what can be known at once; what is in memory; everything, which reads the L1 tables of snapshots."""
 
-_BULK: Final = 2048
+_BULK: Final = 1 << 16
 """From this many table entries on, numpy is worth its import."""
 
 

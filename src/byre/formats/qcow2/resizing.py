@@ -104,12 +104,28 @@ def _grow(node: Qcow2Node, before: int, size: int, entries: int) -> None:
 
 def _drop_beyond(node: Qcow2Node, start: int, end: int) -> None:
     """A crash while the image shrank may have left in the tables what was cut off; lock held."""
-    if start >= end:
+    if start >= end or not _any_entry(node, start, end):
         return
     for extent in node.mapping.lookup_all(start, end - start):
         at = extent.offset
         while extent.kind in (DATA, COMPRESSED) and at < extent.end:
             at += node.unallocate(at, extent.end - at)
+
+
+def _any_entry(node: Qcow2Node, start: int, end: int) -> bool:
+    """Whether any L2 entry for ``[start, end)`` is not 0, which is rare."""
+    mapping = node.mapping
+    span, width = 1 << mapping.span_bits, 2 if mapping.extended else 1
+    index, stop = start >> mapping.span_bits, (end - 1 >> mapping.span_bits) + 1
+    while (index := mapping.empty_run(index, stop)) < stop:
+        words = mapping.l2.get(mapping.l2_host(index)).words
+        assert words is not None
+        first = max(start - index * span, 0) >> mapping.cluster_bits
+        last = min(end - index * span, span) - 1 >> mapping.cluster_bits
+        if any(words[first * width : (last + 1) * width]):
+            return True
+        index += 1
+    return False
 
 
 def _grow_data_file(node: Qcow2Node, before: int, size: int) -> None:

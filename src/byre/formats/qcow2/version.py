@@ -166,7 +166,7 @@ def _expand_active(node: Qcow2Node, index: int, backed: bool) -> None:
             # What lies behind the disk is nobody's: machine state is kept in snapshots.
             node._guarded(lambda: vmstate.drop(node))
             return
-        host = mapping._l2_host(index)
+        host = mapping.l2_host(index)
         if not host:
             return
         words = mapping.l2.get(host).words

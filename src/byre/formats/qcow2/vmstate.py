@@ -106,7 +106,7 @@ def drop(node: Qcow2Node) -> None:
     node._dropping = "other"
     stride = 2 if node.header.extended_l2 else 1
     for index in range(first, len(mapping.l1)):
-        host = mapping._l2_host(index)
+        host = mapping.l2_host(index)
         if not host:
             continue
         words = mapping.l2.get(host).words
