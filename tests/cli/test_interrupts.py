@@ -140,6 +140,36 @@ def test_commands_that_only_look(source: Path, words: tuple[str, ...]) -> None:
     assert digest(folder / "image") == before
 
 
+SLOW = (
+    ("stream", "-r", "50", "top"),
+    ("commit", "-r", "50", "top"),
+    ("mirror", "-r", "50", "top", "target"),
+    ("backup", "-r", "50", "top", "target"),
+    ("convert", "-r", "50", "-O", "raw", "top", "target"),
+    ("convert", "-r", "50", "-W", "-O", "qcow2", "top", "target"),
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", SLOW, ids=lambda words: words[0])
+def test_nobody_waits_for_the_speed_limit(source: Path, words: tuple[str, ...], number: signal.Signals) -> None:
+    """One piece takes hours at this speed."""
+    folder = source.parent
+    assert subprocess.run([*BYRE, "create", "-q", "-f", "qcow2", "-b", "source", "-F", "raw", "top"], cwd=folder,
+                          check=False).returncode == 0  # fmt: skip
+    assert subprocess.run([*BYRE, "io", "-c", "write -P 1 0 6M", "top"], cwd=folder, capture_output=True,
+                          check=False).returncode == 0  # fmt: skip
+    process = started(folder, *words, "-p")
+    assert process.stdout is not None
+    process.stdout.read(1)  # it is at work
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert error == ""
+    assert sorted(p.name for p in folder.iterdir()) == ["source", "top"]
+
+
 def test_sigusr1_shows_how_far_it_is(source: Path) -> None:
     process = started(source.parent, "convert", "-r", "8M", "-f", "raw", "-O", "qcow2", "source", "target")
     until_written(source.parent / "target", process)

@@ -114,6 +114,9 @@ def test_the_gate_is_asked_with_nothing_in_flight(in_order: bool) -> None:
     class Gate:
         attention = True
 
+        def abandon(self) -> None:
+            pass
+
         def checkpoint(self) -> None:
             nonlocal asked
             assert in_flight == 0

@@ -32,6 +32,9 @@ class Gate(Protocol):
     def checkpoint(self) -> None:
         """Called with nothing in flight while ``attention`` is set; may wait, may raise."""
 
+    def abandon(self) -> None:
+        """One thread failed: no other is to wait for anything any more."""
+
 
 def default_threads() -> int:
     """2 to 4: reading and writing overlap even on one processor, and more than 4 gain nothing in one process."""
@@ -128,6 +131,8 @@ class _Pipeline(Generic[Item, Result]):
             if self.error is None:
                 self.error = error
             self._changed.notify_all()
+        if self._gate is not None:
+            self._gate.abandon()
 
     def _choose(self) -> int:
         with self._changed:

@@ -69,6 +69,7 @@ class Control:
         self._pauses = 0
         self._resting = 0
         self._cancelled = False
+        self._abandoned = False
         self._completing = False
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
         self._on_pause: Callable[[bool], None] | None = None
@@ -119,12 +120,15 @@ class Control:
     def _spend(self, moved: int, now: float) -> None:
         """Wait until ``moved`` bytes fit the speed; called with the lock held, which the waiting gives up."""
         self._busy_until = max(self._busy_until, now - _SLICE) + moved / self._speed
-        while self._speed and not self._cancelled:
+        while self._speed and not self._cancelled and not self._abandoned:
             delay = self._busy_until - monotonic()
             if delay <= 0:
                 return
             self._changed.wait(min(delay, 1.0))
-        if self._cancelled:
+        self._check()
+
+    def _check(self) -> None:
+        if self._cancelled or self._abandoned:
             raise Cancelled("the job was cancelled")
 
     def checkpoint(self) -> None:
@@ -133,20 +137,20 @@ class Control:
         :raises Cancelled: the job was cancelled
         """
         with self._lock:
-            if self._cancelled:
-                raise Cancelled("the job was cancelled")
+            self._check()
             if not self._pauses:
                 return
             self._resting += 1
         self._tell_pause()
-        with self._lock:
-            while self._pauses and not self._cancelled:
-                self._changed.wait()
-            cancelled = self._cancelled
-            self._resting -= 1
-        self._tell_pause()
-        if cancelled:
-            raise Cancelled("the job was cancelled")
+        try:
+            with self._lock:
+                while self._pauses and not self._cancelled and not self._abandoned:
+                    self._changed.wait()
+        finally:
+            with self._lock:
+                self._resting -= 1
+            self._tell_pause()
+        self._check()
 
     def _tell_pause(self) -> None:
         """Several threads may rest at once: what is told is whether any does, each change once."""
@@ -252,6 +256,12 @@ class Control:
         with self._lock:
             self._cancelled = True
             self.attention = True
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Part of the work failed, so that the whole will: whoever waits for the speed or a resume is let go."""
+        with self._lock:
+            self._abandoned = True
             self._changed.notify_all()
 
     def complete(self) -> None:
