@@ -19,6 +19,7 @@ def main() -> None:
             for _ in range(given.size >> 20):
                 file.write(os.urandom(1 << 20))
         Path(key).write_text("correct horse")
+        inside_qcow2(bench, raw, key)
         for mode, goal, more in (("xts", 0.6, ""), ("cbc", 0.6, ",cipher-mode=cbc,ivgen-alg=essiv")):
             both_ways(bench, raw, key, mode, Goal(goal), more)
 
@@ -45,6 +46,37 @@ def both_ways(bench: Bench, raw: str, key: str, mode: str, goal: Goal, more: str
         finish=lambda: verify(bench, secret, plain, f"driver=raw,file.filename={target}"),
     )
     for name in (volume, target):
+        Path(name).unlink(missing_ok=True)
+
+
+def inside_qcow2(bench: Bench, raw: str, key: str) -> None:
+    """The same cipher in an image whose clusters are allocated on the way."""
+    image, target = bench.path("inside.qcow2"), bench.path("target.raw")
+    secret = ("--object", f"secret,id=key,file={key}")
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1"
+    size = str(os.stat(raw).st_size)
+
+    def make() -> None:
+        Path(image).unlink(missing_ok=True)
+        bench.run_byre("create", "-q", *secret, "-f", "qcow2", "-o", options, image, size)
+
+    plain, encrypted = f"driver=raw,file.filename={raw}", f"driver=qcow2,file.filename={image},encrypt.key-secret=key"
+    bench.warm(raw)
+    bench.row(
+        "convert raw to qcow2 with luks",
+        ["convert", "-n", *secret, "--image-opts", "--target-image-opts", plain, encrypted],
+        goal=Goal(0.6),
+        prepare=make,
+        finish=lambda: verify(bench, secret, plain, encrypted),
+    )
+    bench.row(
+        "convert qcow2 with luks to raw",
+        ["convert", *secret, "--image-opts", "-O", "raw", encrypted, target],
+        goal=Goal(0.6),
+        outputs=[target],
+        finish=lambda: verify(bench, secret, plain, f"driver=raw,file.filename={target}"),
+    )
+    for name in (image, target):
         Path(name).unlink(missing_ok=True)
 
 

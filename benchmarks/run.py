@@ -26,6 +26,7 @@ SCRIPTS = {
     "formats_small": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "formats_vhd": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "formats_vmdk": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
+    "maintenance": ([], ["--pairs", "1", "--size", "64G"]),
     "encryption": (["--size", "2G"], ["--pairs", "3", "--size", "512M"]),
     "nbd": ([], ["--pairs", "1"]),
     "nbd_client": (["--size", "4G"], ["--pairs", "3", "--size", "512M"]),
