@@ -129,7 +129,9 @@ class PreallocateNode(NotifyingFilter):
         return used, shared
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
-        settings = _settings(options, self.below)
+        settings = self.align, self.ahead
+        if self.runtime is not None or options.given:  # else made in Python
+            settings = _settings(options, self.below)
         if flags.read_only:
             with self._lock:
                 self._drop()

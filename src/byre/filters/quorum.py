@@ -379,10 +379,12 @@ class QuorumNode(Node):
         return used, shared & PERM_READ | PERM_WRITE_UNCHANGED
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
+        if self.runtime is None and not options.given:  # made in Python, by settings
+            return flags, None, self.settings
         return flags, options, _settings(options, len(self._members))
 
     def reopen_commit(self, token: object) -> None:
-        flags, self.runtime, self.settings = cast("tuple[OpenFlags, OptionValues, Settings]", token)
+        flags, self.runtime, self.settings = cast("tuple[OpenFlags, OptionValues | None, Settings]", token)
         self.read_only = flags.read_only
 
 

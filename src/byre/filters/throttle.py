@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, cast
 
-from ..errors import InvalidArgument, NotFound
+from ..errors import InvalidArgument, NotFound, NotSupported
 from ..options import Option, OptionSet
 from .base import CompressionFilter, open_filtered
 from .throttle_group import LIMIT_OPTIONS, READ, WRITE, Member, ThrottleGroup, parse_limits
@@ -125,12 +125,15 @@ class ThrottleNode(CompressionFilter):
         self.group.set_free(self._member, False)
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
-        assert self.graph is not None
-        group = self.group if self.runtime is not None and options.given == self.runtime.given else None
-        return flags, options, group or _group(self.graph, options)
+        # A node made in Python has no options: its group is the one it was given.
+        if options.given == (self.runtime.given if self.runtime is not None else {}):
+            return flags, self.runtime, self.group
+        if self.graph is None:
+            raise NotSupported("this node was made for its group and cannot get another", where=self.filename)
+        return flags, options, _group(self.graph, options)
 
     def reopen_commit(self, token: object) -> None:
-        flags, self.runtime, group = cast("tuple[OpenFlags, OptionValues, ThrottleGroup]", token)
+        flags, self.runtime, group = cast("tuple[OpenFlags, OptionValues | None, ThrottleGroup]", token)
         self.read_only = flags.read_only
         if group is not self.group:
             self.group.leave(self._member)

@@ -244,9 +244,12 @@ def remove_filter(graph: Graph, filter_node: Node, *, close: bool = True) -> Non
     edge = filter_node.children.get("file")
     if filter_node.kind != "filter" or edge is None:
         raise InvalidArgument(f"node {filter_node.name!r} is no filter")
-    with quiesce(graph, [filter_node]), Rewiring(graph) as change:
-        for parent in list(filter_node.parents):
-            change.move(parent, edge.node)
+    with quiesce(graph, [filter_node]):
+        # Before others go on past it: what it does at its end may be about the length of the file.
+        filter_node.inactivate()
+        with Rewiring(graph) as change:
+            for parent in list(filter_node.parents):
+                change.move(parent, edge.node)
     if close:
         graph.release(filter_node)
 
