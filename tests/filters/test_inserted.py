@@ -104,6 +104,30 @@ def test_space_ahead_comes_and_goes_under_load(disk: str) -> None:
         assert image.read(0, M) == content
 
 
+@pytest.mark.parametrize("base_format", ["qcow2", "raw"])
+@pytest.mark.parametrize("chained", [False, True])
+def test_what_a_backing_file_holds_is_seen_through_a_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_format: str, chained: bool
+) -> None:
+    """Part of a cluster becomes zeroes: whether all of it may is asked of the layers below, not of their files."""
+    monkeypatch.chdir(tmp_path)
+    byre.create("base", base_format, M)
+    with byre.open("base", format=base_format, read_only=False) as image:
+        image.write(0, b"U" * M)
+    below, format = "base", base_format
+    if chained:
+        byre.create("mid", "qcow2", options={"backing_file": below, "backing_fmt": format})
+        below, format = "mid", "qcow2"
+    byre.create("over", "qcow2", options={"backing_file": below, "backing_fmt": format})
+    with byre.open("over", read_only=False) as image:
+        node = ThrottleNode(ThrottleGroup("g"))
+        image.graph.add(node)
+        insert_filter(image.graph, node, chain.layers(image.node)[1])
+        for cluster in range(0, M, 65536):
+            image.write_zeroes(cluster + 512, 512, unmap=True)
+        assert image.read(0, M) == (b"U" * 512 + bytes(512) + b"U" * (65536 - 1024)) * (M // 65536)
+
+
 def test_copy_on_read_comes_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     byre.create("base", "qcow2", M)

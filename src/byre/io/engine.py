@@ -104,6 +104,8 @@ def read_layer(node: FormatNode, offset: int, view: memoryview, size: int = -1) 
 
 def reads_zero(node: Node, offset: int, length: int) -> bool:
     """Whether the metadata of the whole chain says that the range reads as zeroes (data is not looked at)."""
+    while node.kind == "filter" and "file" in node.children:  # it shows the extents of what is below
+        node = node.children["file"].node
     end = offset + length
     while offset < end:
         extent = node.block_status(offset, end - offset)
@@ -118,11 +120,10 @@ def reads_zero(node: Node, offset: int, length: int) -> bool:
 
 
 def _file_hole(node: Node, extent: Extent) -> bool:
-    """A filter or raw node says DATA of what its file may know to be a hole."""
-    file = node.children.get("file")
-    if extent.kind != DATA or file is None or getattr(node, "layered", False):
+    """A raw node says DATA of what its file may know to be a hole."""
+    if extent.kind != DATA or extent.host < 0 or node.layered or not hasattr(node, "sources"):
         return False
-    return reads_zero(file.node, extent.host, extent.length)
+    return reads_zero(node.sources[extent.source].node, extent.host, extent.length)
 
 
 # -- write ----------------------------------------------------------------------------------------
