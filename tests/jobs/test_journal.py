@@ -84,6 +84,18 @@ def test_a_change_during_the_flush_counts(path: str) -> None:
     assert runs(Journal.open(path)) == [(0, UNIT), (2 * UNIT, 2 * UNIT)]
 
 
+def test_a_change_while_a_range_is_copied_counts(path: str) -> None:
+    journal = Journal.create(path, ABOUT, 10 * UNIT, UNIT)
+    before = journal.begin_change(5 * UNIT, UNIT)
+    spoiled = journal.begin_copy(0, 10 * UNIT)
+    journal.end_change(before)  # it began before the copy, and its bytes may have come after the reading
+    journal.end_change(journal.begin_change(2 * UNIT, UNIT))  # all of it between reading and writing
+    journal.finished(0, 10 * UNIT, spoiled)
+    journal.end_copy(spoiled)
+    journal.checkpoint(nothing)
+    assert runs(Journal.open(path)) == [(0, 2 * UNIT), (3 * UNIT, 2 * UNIT), (6 * UNIT, 4 * UNIT)]
+
+
 def test_checkpoints_come_by_themselves(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

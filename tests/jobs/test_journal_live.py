@@ -183,5 +183,5 @@ def test_a_commit_of_the_active_layer_goes_on() -> None:
         job.execute()
         assert job.progress().offset <= left  # the writers may have undone all of it
         assert source.filename == "base.qcow2"
-    assert read("base.qcow2") == held
+    assert read("base.qcow2") == held, "other bytes"
     assert not Path("journal").exists()

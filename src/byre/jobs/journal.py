@@ -23,7 +23,7 @@ from ..io.workers import spawn
 from .bits import PAGE, all_set, any_set, fill, join, pages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ..graph.node import Node
 
@@ -88,6 +88,7 @@ class Journal:
         self._flushing = bytearray(len(bits))
         self._pages: set[int] = set()
         self._writes: list[tuple[int, int]] = []
+        self._copies: list[tuple[int, int, list[tuple[int, int]]]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -269,15 +270,34 @@ class Journal:
         with self._lock:
             return offset + length <= self.size and all_set(self._done, first, last)
 
-    def finished(self, offset: int, length: int) -> None:
-        """The range was written to the target. It counts once it is durable, unless it is being changed again."""
+    def finished(self, offset: int, length: int, spoiled: Iterable[tuple[int, int]] = ()) -> None:
+        """The range was written to the target. It counts once it is durable, unless it is being changed again.
+
+        :param spoiled: parts (first, behind) that were changed while the range was copied, see :meth:`begin_copy`
+        """
         parts = [self._inside(offset, length)]
         with self._lock:
-            for low, high in self._writes:
+            for low, high in (*self._writes, *spoiled):
                 parts = [part for first, last in parts for part in ((first, min(last, low)), (max(first, high), last))]
             for first, last in parts:
                 if first < last:
                     self._set(self._pending, first, last)
+
+    def begin_copy(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """A range is about to be read that others may change meanwhile; to be ended with :meth:`end_copy`.
+
+        :returns: the parts that are changed from now on, growing; for :meth:`finished`
+        """
+        unit = self.granularity
+        first, last = offset // unit, -(-(offset + length) // unit)
+        with self._lock:
+            spoiled = list(self._writes)
+            self._copies.append((first, last, spoiled))
+        return spoiled
+
+    def end_copy(self, spoiled: list[tuple[int, int]]) -> None:
+        with self._lock:
+            self._copies = [copy for copy in self._copies if copy[2] is not spoiled]
 
     def ensure(self, offset: int, length: int, flush: Callable[[], None]) -> None:
         """What was :meth:`finished` in a range is durable, and known to be, on return."""
@@ -303,6 +323,9 @@ class Journal:
                 fill(self._done, first, last, False)
                 self._write(set(pages_of(first, last)))
             self._writes.append(entry)
+            for low, high, spoiled in self._copies:
+                if first < high and low < last:
+                    spoiled.append(entry)
         return entry
 
     def end_change(self, entry: tuple[int, int]) -> None:

@@ -254,7 +254,7 @@ class MirrorJob(Job):
         if self.options.sync != "none":
             self._mark_initial(control)
         if self.journal is not None:
-            self.journal.start(self._writer.node.flush)
+            self.journal.start(self._flush_both)
         self._primed = True
         self._account()
         with self._copy.behind:
@@ -270,6 +270,12 @@ class MirrorJob(Job):
             self._sweep(control)
         # The users of the source are held back during the flush at the end: little shall be left for it.
         self._writer.flush()
+
+    def _flush_both(self) -> None:
+        # What was copied while it was not durable in the source could be lost there, and be in the target all the same.
+        assert self._read is not None
+        self._read.node.flush()
+        self._writer.node.flush()
 
     def _converge(self, control: Control) -> None:
         """Until the two are the same, or the rest can be copied in a moment; the target is durable then."""
@@ -359,6 +365,7 @@ class MirrorJob(Job):
         top, moved, due = self._top, 0, 0
         with self._copy.request():
             entry = top.ranges.enter(offset, offset + length, True)
+            spoiled = self.journal.begin_copy(offset, length) if self.journal is not None else []
             try:
                 # Cleared before it is read: what is written from here on is copied again.
                 taken = top.dirty.take(offset, length)
@@ -367,11 +374,13 @@ class MirrorJob(Job):
                 for start, size in taken:
                     moved += self._copy.copy(start, size)
                     if self.journal is not None:
-                        self.journal.finished(start, size)
+                        self.journal.finished(start, size, spoiled)
             except BaseException:
                 top.dirty.set(offset, length)
                 raise
             finally:
+                if self.journal is not None:
+                    self.journal.end_copy(spoiled)
                 top.ranges.leave(entry)
                 self._count_in_flight(-due)
         return due, moved
