@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ...errors import Corrupt
 from ...io.extent import COMPRESSED as KIND_COMPRESSED
 from ...io.extent import DATA, NO_HOST, UNALLOCATED, Extent
@@ -28,6 +30,8 @@ PART_BYTES: Final = 4096
 """Where the cache does not hold all tables, what is read of them is kept in parts of this size."""
 _BULK: Final = 150
 """From this many entries on, numpy is quicker than a loop."""
+_IMPORT_AFTER: Final = 16
+"""Loading numpy takes as long as so many loops over a table: a program that asks now and then does without."""
 
 
 class Lookup:
@@ -56,6 +60,7 @@ class Lookup:
         self._report = file.debug_event if file.takes_events else None
         self.l2.report = self._report
         self.l2.load_event, self.l2.update_event = "l2_load", "l2_update"
+        self._long_loops = 0
 
     def l2_host(self, l1_index: int) -> int:
         """Host offset of an L2 table, 0 if there is none.
@@ -98,9 +103,15 @@ class Lookup:
             if not start & (self.cluster_size - 1):
                 return [Extent(offset, length, DATA, start + skip)]
         count = min((skip + length - 1 >> bits) + 1, self.l2_mask + 1 - index)
-        if count >= _BULK:
+        if self._is_bulk(count):
             return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
         return self._runs(words, index, count, offset, length)
+
+    def _is_bulk(self, count: int) -> bool:
+        if count < _BULK or "numpy" in sys.modules:
+            return count >= _BULK
+        self._long_loops += 1
+        return self._long_loops > _IMPORT_AFTER
 
     def _lookup_part(self, host: int, offset: int, length: int) -> list[Extent]:
         """Extents up to the end of the part of the table at ``host`` that ``offset`` belongs to."""
@@ -114,7 +125,7 @@ class Lookup:
         if self.extended:
             return self._lookup_extended(words, offset, length, first)
         index, count = index - first, (skip + length - 1 >> self.cluster_bits) + 1
-        if count >= _BULK:
+        if self._is_bulk(count):
             return list(self._bulk(words[index : index + count], offset - skip).clip(offset, length))
         return self._runs(words, index, count, offset, length)
 
@@ -160,8 +171,10 @@ class Lookup:
         guest = offset - (offset & (size - 1))
         rows: list[Extent] = []
         at, kind, host = offset, -1, NO_HOST
-        for number in range(index, index + count):
-            new_kind, new_host = self._classify(words[number], guest)
+        number, stop = index, index + count
+        while number < stop:
+            word = words[number]
+            new_kind, new_host = self._classify(word, guest)
             if new_host >= 0 and new_kind != KIND_COMPRESSED and guest < offset:
                 new_host += offset - guest
             start = max(guest, offset)
@@ -170,7 +183,16 @@ class Lookup:
                 if kind >= 0:
                     rows.append(Extent(at, start - at, kind, host))
                 at, kind, host = start, new_kind, new_host
+            number += 1
             guest += size
+            if not word or new_kind == DATA:
+                # Most entries go on where the one before ends: the same flags, the next cluster; or no cluster at all.
+                step = size if word else 0
+                last = min(stop, number + (OFFSET_MASK - (word & OFFSET_MASK) >> self.cluster_bits))
+                while number < last and words[number] == word + step:
+                    word += step
+                    number += 1
+                    guest += size
         rows.append(Extent(at, min(guest, end) - at, kind, host))
         return rows
 
