@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Gate", "default_threads", "run", "spawn"]
+__all__ = ["Gate", "default_threads", "run", "spare_threads", "spawn"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,6 +39,11 @@ class Gate(Protocol):
 def default_threads() -> int:
     """2 to 4: reading and writing overlap even on one processor, and more than 4 gain nothing in one process."""
     return max(2, min(4, len(os.sched_getaffinity(0))))
+
+
+def spare_threads() -> int:
+    """One processor less than there are, 1 to 4: for bulk work in memory beside users who want short answers."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) - 1))
 
 
 def spawn(target: Callable[[], None], name: str) -> threading.Thread:

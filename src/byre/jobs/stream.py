@@ -16,6 +16,7 @@ from ..graph.live import Frozen, quiesce
 from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, check_header, shortened
 from ..graph.reopening import set_read_only
 from ..image import Image
+from ..io.workers import spare_threads
 from ..units import MIB
 from .above import ranges_above, take_back
 from .behind import WriteBehind
@@ -98,13 +99,17 @@ class StreamJob(Job):
         while True:
             ranges = ranges_above(self._handle, self.base, control, chunk=chunk, top_too=False)
             with WriteBehind(node, early=False):
-                whole = sweep(ranges, self._copy, control, policies, chunk=chunk)
+                whole = sweep(ranges, self._copy, control, policies, chunk=chunk, threads=self._threads())
             if whole or self.on_error == "ignore":
                 break
             control.done = 0  # after a stop: what is there by now is passed over
         self._handle.within(node.flush)
         if self.on_error == "ignore" and self._failed is not None:
             raise self._failed
+
+    def _threads(self) -> int:
+        """A file in the page cache keeps a thread busy: one processor is left to the users of the disk then."""
+        return spare_threads() if all(layer.buffered for layer in chain.layers(self.node)) else 0
 
     def _copy(self, offset: int, length: int) -> tuple[int, int]:
         node, base = self.node, self.base
