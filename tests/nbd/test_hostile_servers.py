@@ -17,7 +17,7 @@ from byre.nbd.client_negotiation import Wishes
 from byre.nbd.request import Request
 from byre.nbd.session import Client, Settings, list_exports
 from byre.nbd.uri import Address
-from support.nbd_servers import SIZE, Script, Scripted, greet, requests, scripted, simple_disk, take
+from support.nbd_servers import FLAGS, SIZE, Script, Scripted, greet, requests, scripted, simple_disk, take
 
 Answer = Callable[[socket.socket, wire.Request], None]
 
@@ -425,3 +425,127 @@ def test_a_long_wait_for_a_server_is_no_recursion(tmp_path: Path, monkeypatch: p
         with pytest.raises(IOFailure, match="Failed to connect"):
             client.run_one(read())
         client.close()
+
+
+# -- several connections --------------------------------------------------------------------------
+
+MULTI = FLAGS | wire.TRANSMISSION_MULTI_CONN
+
+
+def several(disk: bytearray, answers: int = 1 << 60) -> Script:
+    return simple_disk(disk, answers=answers, flags=MULTI)
+
+
+def until(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def lines_up(client: Client) -> int:
+    return sum(line.load == 0 for line in client._lines)
+
+
+@pytest.mark.parametrize("delay", [0, 20])
+def test_a_broken_connection_is_made_again_beside_the_others(tmp_path: Path, delay: float) -> None:
+    """Two connections; one breaks, and what was asked on it is asked on the other; its successor is slow, and no
+    request waits for it."""
+    disk = bytearray(b"x" * SIZE)
+
+    def slow(sock: socket.socket) -> None:
+        time.sleep(0.8)
+        several(disk)(sock)
+
+    with scripted(tmp_path, several(disk, answers=1), several(disk), slow) as server:
+        client = Client(settings(server, reconnect_delay=delay, connections=2, handshake_limit=5))
+        longest = 0.0
+        for _ in range(60):
+            started = time.monotonic()
+            request = read()
+            client.run_one(request)
+            longest = max(longest, time.monotonic() - started)
+            assert request.buffer == b"x" * 4096
+            time.sleep(0.01)
+        assert longest < 0.4
+        assert server.connections == 3
+        for _ in range(100):
+            client.run_one(read())
+            if lines_up(client) == 2:
+                break
+            time.sleep(0.02)
+        assert lines_up(client) == 2
+        assert server.connections == 3
+        client.close()
+
+
+def test_all_connections_break_and_all_are_made_again(tmp_path: Path) -> None:
+    """Also those that nobody used when the server went away: not one request fails for each of them."""
+    disk = bytearray(b"x" * SIZE)
+    scripts = [several(disk, answers=2)] * 4 + [several(disk)]
+    with scripted(tmp_path, *scripts) as server:
+        client = Client(settings(server, reconnect_delay=20, connections=4))
+        for turn in range(200):
+            client.run_one(read())
+            if turn > 20 and lines_up(client) == 4:
+                break
+            time.sleep(0.01)
+        assert lines_up(client) == 4
+        client.close()
+
+
+def test_idle_connections_that_died_with_the_server_cost_one_failure_at_most(tmp_path: Path) -> None:
+    disk = bytearray(b"x" * SIZE)
+    socks: list[socket.socket] = []
+
+    def dying(sock: socket.socket) -> None:
+        socks.append(sock)
+        several(disk)(sock)
+
+    with scripted(tmp_path, *[dying] * 4, several(disk)) as server:
+        client = Client(settings(server, connections=4))
+        for sock in socks:
+            sock.shutdown(socket.SHUT_RDWR)
+        failures = 0
+        for _ in range(50):
+            try:
+                client.run_one(read())
+            except IOFailure:
+                failures += 1
+            time.sleep(0.02)
+            if server.connections == 8:
+                break
+        assert server.connections == 8
+        assert until(lambda: lines_up(client) == 4)
+        # One was lost with its four connections, the others came before the time for another attempt.
+        assert failures <= 8
+        client.run_one(read())
+        client.close()
+
+
+def test_a_poisonous_request_breaks_each_connection_once(tmp_path: Path) -> None:
+    """A request that makes the server hang up is not sent for ever."""
+
+    def drops(sock: socket.socket) -> None:
+        greet(sock, flags=MULTI)
+        take(sock, wire.REQUEST.size)
+
+    with scripted(tmp_path, drops) as server:
+        client = Client(settings(server, connections=3))
+        with pytest.raises(IOFailure):
+            client.run_one(read())
+        assert server.connections == 3
+        client.close()
+
+
+def test_closing_while_a_connection_is_being_made_again(tmp_path: Path) -> None:
+    disk = bytearray(SIZE)
+    with scripted(tmp_path, several(disk, answers=0), several(disk), mute) as server:
+        client = Client(settings(server, connections=2))
+        for _ in range(20):
+            client.run_one(read())
+            time.sleep(0.01)
+        assert server.connections == 3
+        started = time.monotonic()
+        client.close()
+        assert time.monotonic() - started < 0.2

@@ -1,7 +1,8 @@
 """A client of one export: one or several connections, made again when they break.
 
-A request whose connection broke is sent again on the next one for ``reconnect_delay`` seconds after the loss; later,
-or without a delay, it fails. Attempts to connect are spaced by 0.1 s, doubled up to 5 s, whoever asks for them.
+A request whose connection broke is sent again on another one that works, or on the next one for ``reconnect_delay``
+seconds after the loss; later, or without a delay, it fails. Attempts to connect are spaced by 0.1 s, doubled up to 5 s,
+whoever asks for them. While some of the connections work, requests use those, the broken ones are made again beside.
 Every request says for itself what it changes, so sending one twice does no harm; what the server had acknowledged but
 not flushed when it died is the server's to keep, as with any cache.
 """
@@ -39,6 +40,8 @@ MAX_CONNECTIONS: Final = 16
 IN_FLIGHT: Final = 16
 """Parts of one large request that are on their way at once."""
 
+_DOWN: Final = 1 << 62
+"""The load of a connection that is broken."""
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
 
@@ -99,7 +102,26 @@ class _Line:
     def load(self) -> int:
         """Requests in flight; very many for a line that is down."""
         connection = self._connection
-        return connection.load if connection is not None and connection.error is None else 1 << 62
+        return connection.load if connection is not None and connection.error is None else _DOWN
+
+    @property
+    def lost_at(self) -> float:
+        """When the last connection broke, on the clock of ``monotonic()``; just now if nobody has noticed yet."""
+        return self._lost_at if self._connection is None else monotonic()
+
+    def revive(self) -> None:
+        """Make a broken connection again if its time has come; the caller does not wait for it."""
+        with self._changed:
+            self._notice_loss_locked()
+            waits = self._connecting or monotonic() < self._next_attempt
+            if self._connection is not None or self._closed or waits:
+                return
+            self._connecting = True
+        try:
+            threading.Thread(target=self._attempt, name="nbd reconnect", daemon=True).start()
+        except RuntimeError:  # no thread can be had: later
+            with self._changed:
+                self._connecting = False
 
     def connection(self) -> Connection:
         """A connection that works, made now if there is none and its time has come.
@@ -267,25 +289,41 @@ class Client:
         return connection if connection.submit(request) else None
 
     def _line(self) -> _Line:
-        """The least busy one that works; the first one if none does."""
+        """The least busy one that works, others are made again meanwhile; the one that was lost last if none does."""
         lines = self._lines
-        return lines[0] if len(lines) == 1 else min(lines, key=_load)
+        if len(lines) == 1:
+            return lines[0]
+        loads = [line.load for line in lines]
+        least = min(loads)
+        if least == _DOWN:
+            return max(lines, key=_lost_at)
+        if _DOWN in loads:
+            for line, load in zip(lines, loads, strict=True):
+                if load == _DOWN:
+                    line.revive()
+        return lines[loads.index(least)]
 
     def _settle(self, request: Request, connection: Connection | None) -> ByreError | None:
         """Wait for the reply, sending again for as long as that makes sense; what became of it."""
         give_up = 0.0
+        losses = 0
         while True:
             if connection is not None:
                 if connection.wait(request):
                     return self._judge(request) if request.error else None
+                losses += 1
                 give_up = give_up or monotonic() + self.settings.reconnect_delay
-                if monotonic() >= give_up:
+                if monotonic() >= give_up and not self._another_works(losses):
                     return self._broken(request, connection.error)
             try:
                 following = self._line().connection()
             except ByreError as error:
                 return self._broken(request, error)
             connection = following if following.submit(request) else None
+
+    def _another_works(self, losses: int) -> bool:
+        """Whether there is a connection to try that has not had its chance with a request yet."""
+        return losses < len(self._lines) and any(line.load < _DOWN for line in self._lines)
 
     def _broken(self, request: Request, error: ByreError | None) -> ByreError:
         return IOFailure(f"{request.describe()} failed: {error.message if error else 'no connection'}",
@@ -309,8 +347,8 @@ class Client:
             line.close()
 
 
-def _load(line: _Line) -> int:
-    return line.load
+def _lost_at(line: _Line) -> float:
+    return line.lost_at
 
 
 def _open(settings: Settings) -> Connection:
