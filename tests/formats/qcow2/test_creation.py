@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_a_plain_image_lies_where_the_peer_puts_it(tmp_path: Path) -> None:
     assert (header.size, header.cluster_bits, header.refcount_order, header.header_length) == (1 << 30, 16, 4, 112)
     assert layout.find_extension(extensions, layout.EXTENSION_FEATURE_NAMES) == layout.encode_feature_names()
     assert path.stat().st_size == 3 * 65536 + 16
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+@pytest.mark.parametrize("preallocation", ["falloc", "full"])
+def test_a_file_whose_space_is_reserved_has_no_hole(tmp_path: Path, preallocation: str, cluster_size: int) -> None:
+    path = tmp_path / "a.qcow2"
+    create(str(path), "qcow2", 1 << 20, options={"preallocation": preallocation, "cluster_size": cluster_size})
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        assert status.st_blocks * 512 >= status.st_size
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= status.st_size - (1 << 20)
 
 
 @pytest.mark.parametrize("zero_init", [True, False])

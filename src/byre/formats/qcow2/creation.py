@@ -373,6 +373,9 @@ def _write_l1(file: Node, made: Plan) -> None:
         _write_sequence(file, start, first, made.header.cluster_size, made.l2_clusters, length)
     else:
         _write_sequence(file, start, 0, 0, 0, length)
+    if made.preallocation in ("falloc", "full"):
+        # No hole where space was asked for: a longer table fills the rest of its last cluster in place.
+        _write(file, start + length, bytes((made.l1_clusters << made.header.cluster_bits) - length))
 
 
 def _write_l2(file: Node, made: Plan) -> None:
