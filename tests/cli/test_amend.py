@@ -101,6 +101,18 @@ def test_options_for_creation_only_are_named_as_such(capsys: Output) -> None:
         )
 
 
+def test_bitmaps_that_go_are_named(capsys: Output) -> None:
+    make()
+    for number in range(7):
+        assert main(["bitmap", "--add", "x", f"b{number}"]) == 0
+    assert main(["amend", "-o", "compat=0.10", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert "7 dirty bitmaps were removed" in err
+    assert "'b0', 'b1', 'b2', 'b3', 'b4', ..." in err
+    assert main(["check", "-q", "x"]) == 0
+
+
 def test_another_backing_file_is_for_rebase(capsys: Output) -> None:
     make()
     assert main(["amend", "-o", "backing_file=y", "x"], "qemu-img") == 1

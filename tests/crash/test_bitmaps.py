@@ -13,6 +13,7 @@ import pytest
 
 from byre.bitmaps.bitmap import Bitmap
 from byre.filters.replay import CrashState, WriteLog, crash_states
+from byre.formats.qcow2 import AMEND_OPTIONS
 from byre.image import Image
 from byre.jobs.job import Control
 from conftest import Run
@@ -228,6 +229,44 @@ def test_power_cuts(kind: str, work: str, tmp_path: Path, request: pytest.Fixtur
     final = log.final("image").to_bytes()
     with start.setup.open(final, None, read_only=True) as image:
         assert not any(bitmap.inconsistent for bitmap in store(image).all())
+
+
+def amend(image: Image, compat: str) -> None:
+    node: Any = image.node
+    node.amend(AMEND_OPTIONS.parse({"compat": compat}, what="qcow2"), Control())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SETUPS if "1 bit" not in kind])
+def test_power_cuts_while_version_2_comes_and_bitmaps_go(kind: str) -> None:
+    """Whatever the moment, it is version 3 with all bitmaps or version 2 without any."""
+    start = prepared(**SETUPS[kind])
+    log = WriteLog()
+    image = start.setup.open(start.setup.image, None, log)
+    write(image)
+    if not SETUPS[kind].get("backed"):
+        image.write_zeroes(0, image.size // 3)  # with a backing file, a zero cluster is written: a long test
+    amend(image, "0.10")
+    image.write(1000, b"in version 2")
+    image.close()
+    versions: set[int] = set()
+    seen: set[object] = set()
+    for state in crash_states(log):
+        if state.digest in seen:
+            continue
+        seen.add(state.digest)
+        data = state.disks["image"].to_bytes()
+        versions.add(data[7])
+        if data[7] == 2:
+            after = WriteLog()
+            with start.setup.open(data, None, after) as image:
+                assert not store(image).all()
+                amend(image, "1.1")
+            state = state._replace(disks={**state.disks, "image": after.final("image")})
+            judge(start, kind, state, {"follows", "rests", "full"})
+        else:
+            judge(start, kind, state, set())
+    assert versions == {2, 3}
+    assert not walk(log.final("image").to_bytes()).leaks
 
 
 @pytest.mark.oracle

@@ -92,6 +92,7 @@ def _amend(image: Image, wanted: dict[str, str], given: common.Given, mode: str)
         else:
             with Display(job.control, "amend", mode):
                 job.execute()
+        common.warn_graph(image.graph)
     except InvalidArgument as error:
         if not (common.as_peer() and "rebase" in error.hint):
             raise

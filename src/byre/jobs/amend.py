@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import NotSupported
-from ..formats.abilities import Amendable
+from ..formats.abilities import Amendable, HasBitmaps
 from ..graph import chain
 from .job import Job
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .job import Control
 
 __all__ = ["AmendJob"]
+
+_NAMED: Final = 5
+"""Names in a warning at most."""
 
 
 class AmendJob(Job):
@@ -42,5 +45,18 @@ class AmendJob(Job):
         self.secrets = secrets
 
     def run(self, control: Control) -> None:
+        before = self._bitmaps()
         self._node.amend(self.options, control, force=self.force, secrets=self.secrets)
         self.image.flush()
+        lost = sorted(before - self._bitmaps())
+        if lost:
+            what = "a dirty bitmap was" if len(lost) == 1 else f"{len(lost)} dirty bitmaps were"
+            names = ", ".join(map(repr, lost[:_NAMED])) + (", ..." if len(lost) > _NAMED else "")
+            self.image.graph.warnings.append(f"{what} removed, which the image's version cannot hold: {names}")
+
+    def _bitmaps(self) -> set[str]:
+        """The names of the persistent bitmaps of the image."""
+        node = self._node
+        if not (isinstance(node, HasBitmaps) and "compat" in self.options):
+            return set()
+        return {name for name, _, _ in node.bitmap_store().entries()}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import byre
-from byre.errors import ByreError, Cancelled, InvalidArgument, NotSupported, ReadOnly
+from byre.errors import Busy, ByreError, Cancelled, InvalidArgument, NotSupported, ReadOnly
 from byre.formats.abilities import Amendable, BackingChangeable, Emptiable
 from byre.formats.qcow2 import AMEND_OPTIONS, layout
 from byre.image import Image
@@ -230,20 +230,76 @@ def test_a_data_file_forbids_version_2() -> None:
         amend(image, compat="0.10")
 
 
-def test_bitmaps_forbid_version_2() -> None:
+@pytest.mark.parametrize("backed", [False, True])
+def test_bitmaps_go_with_version_3(backed: bool) -> None:
+    """All kinds of them, stored and not, and the space they take."""
+    memory, base = make(backed=backed)
+    with opened(memory, base) as image:
+        node: Any = image.node
+        for number in range(3):
+            node.bitmap_store().add(f"{number}", enabled=number != 1).set(0, SIZE // 2)
+    before = contents(memory, base)
+    with opened(memory, base) as image:
+        node = image.node
+        stored = node.bitmap_store()
+        stored.add("new")
+        stored.add("in memory", persistent=False)
+        stored.find("0")
+        amend(image, compat="0.10")
+        assert [bitmap.name for bitmap in stored.all()] == ["in memory"]
+        with pytest.raises(NotSupported, match="v2"):
+            stored.add("another")
+    assert layout.EXTENSION_BITMAPS.to_bytes(4, "big") not in memory.to_bytes()[:CLUSTER]
+    assert contents(memory, base) == before
+    assert is_good(memory)
+    with opened(memory, base) as image:
+        amend(image, compat="1.1")
+        assert not image.node.bitmap_store().all()  # type: ignore[attr-defined]
+        image.node.bitmap_store().add("0")  # type: ignore[attr-defined]
+    with opened(memory, base, read_only=True) as image:
+        result = image.node.check(Control())  # type: ignore[attr-defined]
+        assert not result.corruptions + result.leaks
+
+
+def test_inconsistent_bitmaps_go_with_version_3() -> None:
     memory, _ = make(content=False)
     with opened(memory) as image:
         image.node.bitmap_store().add("b")  # type: ignore[attr-defined]
-        with pytest.raises(NotSupported, match="bitmaps"):
+    with opened(memory) as image:
+        image.write(0, b"in use from now on")
+        data = memory.to_bytes()
+    crashed = MemoryNode(data)
+    with opened(crashed) as image:
+        assert image.node.bitmap_store().find("b").inconsistent  # type: ignore[attr-defined]
+        amend(image, compat="0.10")
+    assert not walk(crashed.to_bytes()).damage
+    assert layout.EXTENSION_BITMAPS.to_bytes(4, "big") not in crashed.to_bytes()[:CLUSTER]
+
+
+def test_a_bitmap_a_job_works_with_forbids_version_2() -> None:
+    memory, _ = make(content=False)
+    with opened(memory) as image:
+        bitmap = image.node.bitmap_store().add("b")  # type: ignore[attr-defined]
+        bitmap.occupy()
+        before = memory.to_bytes()
+        with pytest.raises(Busy, match="'b'"):
             amend(image, compat="0.10")
+        assert memory.to_bytes() == before
+        bitmap.vacate()
+        amend(image, compat="0.10")
 
 
 def test_a_snapshot_of_another_size_forbids_version_2() -> None:
     memory, _ = make()
     with opened(memory) as image:
         image.resize(SIZE * 2)
-        with pytest.raises(NotSupported, match="snapshot"):
-            amend(image, compat="0.10")
+        image.flush()
+        before = memory.to_bytes()
+        for more in ({}, {"size": SIZE * 3}, {"refcount_bits": 16}):
+            with pytest.raises(NotSupported, match="snapshot"):
+                amend(image, compat="0.10", **more)
+        assert memory.to_bytes() == before
+        amend(image, compat="0.10", size=SIZE)
     assert is_good(memory)
 
 

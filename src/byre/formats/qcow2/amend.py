@@ -46,7 +46,7 @@ def amend(node: Qcow2Node, options: OptionValues, control: Control, *, force: bo
     """Change what ``options`` say (``AMEND_OPTIONS``) and nothing else.
 
     :param force: allow what destroys data: the last key slot
-    :raises ByreError: it is not possible; except for a snapshot that forbids going down, nothing has changed
+    :raises ByreError: it is not possible; nothing has changed
     :raises Cancelled: in between; the image is intact
     """
     if node.read_only:
@@ -133,6 +133,7 @@ def _check(node: Qcow2Node, options: OptionValues, wanted: _Wanted) -> None:
             raise InvalidArgument("refcount_bits other than 16 need version 3", hint="use compat=1.1")
         if header.version > 2:
             version.check_downgrade(node, bits)
+            version.check_snapshots(node, wanted.size or header.size)
     if wanted.data_file is not None and not header.has_data_file:
         raise InvalidArgument("data_file can be set only for an image that uses an external data file")
     if wanted.raw and not header.raw_data_file:

@@ -266,6 +266,38 @@ class StoredBitmaps:
 
         node._guarded(lower)
 
+    # -- all of them go ---------------------------------------------------------------------------
+
+    def check_forgettable(self) -> None:
+        """:raises Busy: a job works with a persistent bitmap"""
+        with self.node.lock:
+            for row in self._rows:
+                if row.bitmap is not None:
+                    row.bitmap.check(read_only=True, inconsistent=True)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Runs of clusters that persistent bitmaps and their directory take on disk. Lock held."""
+        node, record = self.node, disk.directory_of(self.node)
+        runs = [run for row in self._rows if row.entry is not None for run in disk.release_entry(node, row.entry)]
+        if record is not None:
+            length = -(-record.directory_size // node.cluster_size)
+            runs.append((record.directory_offset >> node.header.cluster_bits, length))
+        return runs
+
+    def forget(self, runs: list[tuple[int, int]]) -> None:
+        """The header names no bitmaps any more: those in memory go too, and the space they took. Lock held.
+
+        :param runs: of clusters, as :meth:`runs` had them
+        """
+        tracker = self.node.tracker
+        for row in self._rows:
+            if row.bitmap is not None:
+                row.bitmap.unsync = None
+                if tracker is not None and not row.bitmap.inconsistent:
+                    tracker.remove(row.bitmap)
+        self._rows.clear()
+        self._let_go(runs)
+
     # -- in use -----------------------------------------------------------------------------------
 
     def begin_writing(self) -> None:

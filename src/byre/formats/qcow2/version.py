@@ -3,8 +3,8 @@
 Up: entries of the snapshot table get the fields that version 3 wants, then the header changes. Down: what version 2
 cannot say must go: zero clusters become data that is zero, or, where no backing file is below, nothing at all. Clusters
 that snapshots share are never written to: the active layer gets new ones by the way every write takes, and tables that
-only snapshots have are pointed to new clusters. The header comes last, so whatever interrupts this leaves a good
-version 3 image.
+only snapshots have are pointed to new clusters. Dirty bitmaps, which version 2 has not, go with the change of the
+header and their space behind it. The header comes last, so whatever interrupts this leaves a good version 3 image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ...errors import Corrupt, NotSupported
 from ...io import engine
 from ...io.tables import decode_words, encode_words
 from . import header_update, layout, vmstate
+from .bitmaps import store_of
 from .creation import NEW_HEADER_LENGTH, SMALL_CLUSTER
 from .entries import COMPRESSED, OFFSET_MASK, ZERO
 from .exclusive import exclusive
@@ -71,9 +72,9 @@ def check_downgrade(node: Qcow2Node, refcount_bits: int) -> None:
     :param refcount_bits: the width it will have
     :raises NotSupported: it cannot; nothing has changed
     """
-    header, reason, hint = node.header, "", ""
+    header, reason, hint = node.header, "", "convert the image with -o compat=0.10"
     if refcount_bits != 16:
-        reason = "compat=0.10 needs refcount_bits=16"
+        reason, hint = "compat=0.10 needs refcount_bits=16", "amend both at once: compat=0.10,refcount_bits=16"
     elif header.has_data_file:
         reason = "an image with a data file cannot have compat=0.10"
     elif header.extended_l2:
@@ -82,20 +83,27 @@ def check_downgrade(node: Qcow2Node, refcount_bits: int) -> None:
         reason = (
             f"incompatible features {header.incompatible_features & ~_KEPT_FEATURES:#x} keep the image at compat=1.1"
         )
-    elif node.has_bitmaps() or (node._bitmaps is not None and node._bitmaps.entries()):
-        reason, hint = "an image with dirty bitmaps cannot have compat=0.10", "remove the bitmaps"
     elif header.compression_type != layout.COMPRESSION_ZLIB and _has_compressed(node):
         reason = f"an image with clusters compressed with {node.compression_name} cannot have compat=0.10"
     if reason:
         raise NotSupported(reason, where=node.filename, hint=hint)
+    if _has_bitmaps(node):
+        node.bitmap_store().check_forgettable()
 
 
-def check_snapshots(node: Qcow2Node) -> None:
-    """:raises NotSupported: a snapshot has a size that programs for version 2 do not look at"""
+def _has_bitmaps(node: Qcow2Node) -> bool:
+    return node.has_bitmaps() or node._bitmaps is not None
+
+
+def check_snapshots(node: Qcow2Node, size: int) -> None:
+    """Whether version 2 can hold the snapshots of a disk of ``size`` bytes.
+
+    :raises NotSupported: one has a size that programs for version 2 do not look at
+    """
     for shot in node.snapshots:
-        if shot.vm_state_size >> 32 or shot.disk_size not in (None, node.header.size):
+        if shot.vm_state_size >> 32 or shot.disk_size not in (None, size):
             raise NotSupported(f"snapshot {shot.id!r} differs from the disk in size, or has too much machine state, "
-                               "for compat=0.10", where=node.filename)  # fmt: skip
+                               "for compat=0.10", where=node.filename, hint="delete the snapshot")  # fmt: skip
 
 
 def _has_compressed(node: Qcow2Node) -> bool:
@@ -121,12 +129,13 @@ def downgrade_steps(node: Qcow2Node) -> int:
 
 
 def downgrade(node: Qcow2Node, control: Control) -> None:
-    """Make it a version 2 image.
+    """Make it a version 2 image, without the dirty bitmaps it has.
 
     :raises NotSupported: as :func:`check_downgrade` and :func:`check_snapshots`
+    :raises Busy: a job works with a bitmap
     """
     check_downgrade(node, 1 << node.header.refcount_order)
-    check_snapshots(node)
+    check_snapshots(node, node.header.size)
     backed = bool(node.backing_name)
     detect_zeroes, node.detect_zeroes = node.detect_zeroes, "off"
     try:
@@ -137,8 +146,10 @@ def downgrade(node: Qcow2Node, control: Control) -> None:
         node.detect_zeroes = detect_zeroes
     if node.snapshots:
         _expand_inactive(node, backed, control)
-    names = layout.EXTENSION_FEATURE_NAMES
+    gone = (layout.EXTENSION_FEATURE_NAMES, layout.EXTENSION_BITMAPS)
     with node.lock:
+        bitmaps = store_of(node) if _has_bitmaps(node) else None
+        freed = [] if bitmaps is None else bitmaps.runs()
         header_update.update(
             node,
             {
@@ -150,10 +161,12 @@ def downgrade(node: Qcow2Node, control: Control) -> None:
                 "compression_type": layout.COMPRESSION_ZLIB,
                 "extra": b"",
             },
-            tuple(extension for extension in node.extensions if extension.type != names),
+            tuple(extension for extension in node.extensions if extension.type not in gone),
         )
         node.mapping.version = 2
         node._compress = node._decompress = None
+        if bitmaps is not None:
+            bitmaps.forget(freed)
         node._guarded(node.tune)
 
 
