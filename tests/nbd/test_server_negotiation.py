@@ -245,6 +245,26 @@ class TestContexts:
         assert isinstance(event, Agreement)
         assert event.contexts == ()
 
+    @pytest.mark.parametrize(
+        ("contexts_of", "option", "offered"),
+        [(None, wire.OPT_GO, False), (None, wire.OPT_EXPORT_NAME, False), (None, wire.OPT_INFO, True),
+         ("", wire.OPT_GO, False), ("disk", wire.OPT_GO, True), ("disk", wire.OPT_EXPORT_NAME, True)],
+    )  # fmt: skip
+    def test_filters_are_offered_to_those_who_chose_contexts(
+        self, contexts_of: str | None, option: int, offered: bool
+    ) -> None:
+        negotiation = started()
+        answer(negotiation, wire.OPT_EXTENDED_HEADERS)
+        if contexts_of is not None:
+            answer(negotiation, wire.OPT_SET_META_CONTEXT, queries(contexts_of, "base:allocation"))
+        negotiation.feed(wire.encode_option(option, b"disk" if option == wire.OPT_EXPORT_NAME else named("disk")))
+        negotiation.step()
+        said = negotiation.take()
+        if option != wire.OPT_EXPORT_NAME:
+            said = next(data for _, kind, data in replies(said) if kind == wire.REP_INFO and data[:2] == b"\0\0")
+        flags = int.from_bytes(said[10:12] if option != wire.OPT_EXPORT_NAME else said[8:10], "big")
+        assert bool(flags & wire.TRANSMISSION_BLOCK_STATUS_PAYLOAD) is offered
+
     @pytest.mark.parametrize("option", [wire.OPT_LIST_META_CONTEXT, wire.OPT_SET_META_CONTEXT])
     def test_they_need_structured_replies(self, option: int) -> None:
         assert refused(started(), option, queries("disk"))[0] == wire.REP_ERR_INVALID

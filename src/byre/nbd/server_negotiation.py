@@ -273,21 +273,27 @@ class Negotiation:
             if kind in wanted and (text or kind == wire.INFO_NAME):
                 self._reply(option, wire.REP_INFO, struct.pack(">H", kind) + text.encode())
         self._reply(option, wire.REP_INFO, wire.encode_block_sizes(*offer.block_sizes))
-        info = wire.ExportInfo(offer.size, self._transmission_flags(offer))
+        info = wire.ExportInfo(offer.size, self._transmission_flags(offer, asking=option == wire.OPT_INFO))
         self._reply(option, wire.REP_INFO, wire.encode_export_info(info))
         self._reply(option, wire.REP_ACK)
         return self._agree(offer) if option == wire.OPT_GO else True
 
-    def _transmission_flags(self, offer: Offer) -> int:
+    def _transmission_flags(self, offer: Offer, *, asking: bool = False) -> int:
+        """:param asking: the client may still choose metadata contexts"""
         flags = offer.flags | wire.TRANSMISSION_HAS_FLAGS
         flags |= wire.TRANSMISSION_DF if self._structured else 0
-        return flags | (wire.TRANSMISSION_BLOCK_STATUS_PAYLOAD if self._extended else 0)
+        # Choosing among contexts is for clients that have some.
+        chooses = self._extended and (asking or self._contexts_for(offer))
+        return flags | (wire.TRANSMISSION_BLOCK_STATUS_PAYLOAD if chooses else 0)
+
+    def _contexts_for(self, offer: Offer) -> tuple[tuple[int, str], ...]:
+        """What was chosen counts only for the export that it was chosen for."""
+        return self._contexts if self._chosen_for == offer.name else ()
 
     def _agree(self, offer: Offer) -> Agreement:
-        contexts = self._contexts if self._chosen_for == offer.name else ()
         rest = bytes(self._input)
         self._input.clear()
-        return Agreement(offer, self._structured, self._extended, contexts, rest)
+        return Agreement(offer, self._structured, self._extended, self._contexts_for(offer), rest)
 
     def _find(self, name: str) -> Offer:
         offer = self._offers.find(name)
