@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidArgument, from_oserror, printable
 from ..nbd import wire
+from ..nbd.polling import POLL_NANOSECONDS
 from ..nbd.server import Server, Settings
 from . import common
 
@@ -32,7 +33,7 @@ def make_server(given: common.Given) -> Server:
     from .serve import number, server_limit
 
     seconds = number(given, "handshake-limit", 10, "Invalid handshake limit '{}'")
-    settings = Settings(_tls(given), True, _authorization(given), float(seconds))
+    settings = Settings(_tls(given), True, _authorization(given), float(seconds), POLL_NANOSECONDS)
     program = common.PROGRAM.get()  # which the threads of clients do not know
     server = Server(settings, connections=server_limit(given), report=lambda line: common.report(line, program=program))
     try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .disk import Disk
     from .memory import Share
+    from .polling import Polling
     from .tls import TlsStream
 
 __all__ = ["Connection", "Settings"]
@@ -44,12 +45,15 @@ class Settings(NamedTuple):
     :ivar tls_required: nothing but TLS is accepted before TLS
     :ivar authorize: whether the holder of a certificate with this distinguished name may go on; ``None`` for everybody
     :ivar handshake_seconds: for the whole handshake; 0 for any time
+    :ivar poll_nanoseconds: how long a thread looks for the next request of a busy client before it goes to sleep; for
+        processes that do little else, see :mod:`byre.nbd.polling`
     """
 
     tls: ssl.SSLContext | None = None
     tls_required: bool = True
     authorize: Callable[[str], bool] | None = None
     handshake_seconds: float = 10.0
+    poll_nanoseconds: int = 0
 
     @property
     def tls_mode(self) -> int:
@@ -62,6 +66,7 @@ class Host:
     """What a connection asks of the server it belongs to; see :class:`byre.nbd.server.Server`."""
 
     settings: Settings
+    polling: Polling
 
     def disks(self) -> Sequence[Disk]:
         """The exports, in the order in which they are listed."""
@@ -205,7 +210,9 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
         link: Link = PlainLink(sock) if self._stream is None else TlsLink(self._stream)
         share = self._host.share(lambda: _shut_down(sock, socket.SHUT_RD))
-        self._transmission = Transmission(link, self._disk, agreement, share, name=f"nbd {self.peer}")
+        self._transmission = Transmission(
+            link, self._disk, agreement, share, name=f"nbd {self.peer}", polling=self._host.polling
+        )
         if self._stopping:
             return
         self._transmission.run()

@@ -10,10 +10,11 @@ import errno
 import os
 import socket
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .tls import TlsStream
 
@@ -22,14 +23,19 @@ __all__ = ["Buffer", "Link", "PlainLink", "TlsLink"]
 Buffer = bytes | bytearray | memoryview
 
 _IOV_MAX: Final = 1024
+_DONT_WAIT: Final = int(socket.MSG_DONTWAIT)
 _ZEROES: Final = bytes(1 << 16)
 _GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF, errno.ETIMEDOUT, errno.ECONNABORTED)
 
 
 class Link(Protocol):
-    """:ivar can_send_files: :meth:`send_file` may be called"""
+    """
+    :ivar can_send_files: :meth:`send_file` may be called
+    :ivar recv_now: bytes received without waiting, or ``BlockingIOError``; ``None`` if that cannot be told
+    """
 
     can_send_files: bool
+    recv_now: Callable[[memoryview], int] | None
 
     def recv_into(self, view: memoryview) -> int:
         """Bytes received; 0 when the other side has ended its half."""
@@ -58,6 +64,7 @@ class PlainLink:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self.recv_into = sock.recv_into
+        self.recv_now: Callable[[memoryview], int] | None = partial(sock.recv_into, flags=_DONT_WAIT)
         self._sending = threading.Lock()
 
     def recv_all_into(self, view: memoryview) -> int:
@@ -115,6 +122,7 @@ class TlsLink:
     """The same over TLS."""
 
     can_send_files = False
+    recv_now: Callable[[memoryview], int] | None = None
 
     def __init__(self, stream: TlsStream) -> None:
         self.recv_into = self.recv_all_into = stream.recv_into

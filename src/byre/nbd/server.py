@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import AlreadyExists, Busy, ByreError, InvalidArgument, NotFound, from_oserror, printable
 from .connection import Connection, Host, Settings
 from .memory import Budget, Share
+from .polling import Polling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ class Server(Host):
         report: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings or Settings()
+        self.polling = Polling(self.settings.poll_nanoseconds)
         self._limit = connections
         self._report = report
         self._budget = Budget(TOTAL_MEMORY)

@@ -20,6 +20,7 @@ from . import checks, wire
 from .answers import Answers, Task
 from .direct import DIRECT_LIMIT, DirectReads
 from .memory import Arena
+from .polling import Polling, Receiver
 from .reads import PIECE, SMALL_READ
 from .replies import replies_for
 from .wire import Request
@@ -58,9 +59,12 @@ class Transmission:
     The receiving thread owns everything but the link, the disk, the share and the workers, which are for all threads.
 
     :param share: of the memory that clients may occupy
+    :param polling: how to wait for requests; left out: asleep
     """
 
-    def __init__(self, link: Link, disk: Disk, agreement: Agreement, share: Share, *, name: str = "nbd") -> None:
+    def __init__(self, link: Link, disk: Disk, agreement: Agreement, share: Share, *, name: str = "nbd",
+                 polling: Polling | None = None) -> None:  # fmt: skip
+        self._receiver = Receiver(link, polling or Polling())
         self._link = link
         self._disk = disk
         self._share = share
@@ -108,6 +112,7 @@ class Transmission:
         try:
             self._serve()
         finally:
+            self._receiver.end()
             self._send_direct()
             self._workers.close()
             while not (self._flight.wait(1.0) and self._wait_direct(1.0)) and not self.stopping:
@@ -128,7 +133,7 @@ class Transmission:
 
     def _serve(self) -> None:
         view = self._input.view
-        recv_into = self._link.recv_into
+        receive, flight, direct = self._receiver.receive, self._flight, self._direct
         start, end = 0, len(self._rest)
         if end > len(view):
             raise ProtocolError("too much was sent ahead")
@@ -147,7 +152,7 @@ class Transmission:
                 continue
             start = 0
             try:
-                end = recv_into(view)
+                end = receive(view, busy=bool(flight.pending or (direct is not None and direct.pending)))
             except BlockingIOError:
                 end = 0
                 self._shrink()
