@@ -487,12 +487,15 @@ def test_errors_reach_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.oracle
-def test_a_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
-    """Readers and writers go on as if nothing had been; what was written is there."""
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_server_that_is_killed_and_started_again(tmp_path: Path, connections: int) -> None:
+    """Readers and writers go on as if nothing had been; what was written is there; all connections are made again."""
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(4 * MIB))
     with qemu_nbd(tmp_path, disk) as server:
-        node = opened({"driver": "nbd", "path": str(server.path), "reconnect-delay": 20})
+        options = {"driver": "nbd", "path": str(server.path), "reconnect-delay": 20, "connections": connections}
+        node = opened(options)
+        assert len(node.client._lines) == connections
         stop = threading.Event()
         written = [0] * 4
         failures: list[BaseException] = []
@@ -519,6 +522,9 @@ def test_a_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
             deadline = time.monotonic() + 10
             while sum(written) < before + 20 and time.monotonic() < deadline and not failures:
                 time.sleep(0.01)
+        while any(line.load == 1 << 62 for line in node.client._lines) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all(line.load < 1 << 62 for line in node.client._lines)
         stop.set()
         for thread in threads:
             thread.join(20)
