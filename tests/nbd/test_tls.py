@@ -302,11 +302,32 @@ class TestAuthorization:
     @pytest.mark.parametrize(
         "text",
         ["authz-simple,id=a", "authz-simple,identity=x", "authz-list,id=a,policy=maybe", "authz-pam,id=a",
+         "authz-list-file,id=a", "authz-list-file,id=a,filename=/nowhere/list",
          "authz-list,id=a,rules.0.match=x", "authz-list,id=a,rules.1.match=x,rules.1.policy=allow"],
     )  # fmt: skip
     def test_refused(self, text: str) -> None:
         with pytest.raises(ByreError):
             Authorization.parse(text)
+
+    @pytest.mark.parametrize("kind", ["authz-list-file", "authz-listfile"])
+    def test_list_in_a_file(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "list"
+        path.write_text('{"rules": [{"match": "CN=a*", "policy": "allow", "format": "glob"}], "policy": "deny"}')
+        fresh = Authorization.parse(f"{kind},id=a,filename={path}")
+        fixed = Authorization.parse(f'{{"qom-type": "{kind}", "id": "a", "filename": "{path}", "refresh": false}}')
+        assert [(fresh.allows(name), fixed.allows(name)) for name in ("CN=alice", "CN=bob")] == [
+            (True, True), (False, False),
+        ]  # fmt: skip
+        path.write_text('{"rules": [{"match": "CN=bob", "policy": "allow"}]}')
+        assert (fresh.allows("CN=alice"), fresh.allows("CN=bob")) == (False, True)
+        assert (fixed.allows("CN=alice"), fixed.allows("CN=bob")) == (True, False)
+        for nonsense in ("{", "[]", '{"policy": "maybe"}', '{"x": 1, "policy": "allow"}', " " * (1 << 20) + "{}"):
+            path.write_text(nonsense)
+            assert not fresh.allows("CN=bob")  # nobody can tell
+            with pytest.raises(ByreError, match=str(path)):
+                Authorization.parse(f"{kind},id=a,filename={path}")
+        path.write_text('{"policy": "allow"}')
+        assert fresh.allows("CN=bob")
 
 
 class TestStream:
