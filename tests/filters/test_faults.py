@@ -13,6 +13,7 @@ import pytest
 import byre
 from byre.errors import InvalidArgument, IOFailure, NoSpace, NotFound
 from byre.filters.faults import Device, FaultNode
+from byre.graph.creating import create
 from byre.graph.graph import Graph
 from byre.graph.node import PERM_ALL, PERM_READ, PERM_WRITE, Node
 from byre.graph.opening import Opener, OpenFlags, Policy
@@ -88,8 +89,24 @@ def test_a_rule_for_none_is_active_from_the_start() -> None:
         with pytest.raises(NoSpace, match=r"cannot read 512 bytes at 0x0: No space left .*injected"):
             read(node, 0, 512)
         with pytest.raises(NoSpace):
-            node.flush()
+            write(node, 0, b"x")
+        for _ in range(2):
+            with pytest.raises(NoSpace):
+                node.flush()
         node.block_status(0, 512)  # not among the default kinds
+
+
+def test_rules_do_not_fail_a_flush_that_nothing_was_written_for(tmp_path: Path) -> None:
+    with opened(**{"inject-error": [{"event": "none"}]}) as node:
+        node.flush()
+    path = tmp_path / "a.qcow2"
+    create(str(path), "qcow2", 1 << 20)
+    with byre.open(str(path), read_only=False) as image:
+        image.write(0, b"x")
+    config = tmp_path / "config"
+    config.write_text('[inject-error]\nevent = "l2_load"\n')
+    with byre.open(f"blkdebug:{config}:{path}", format="qcow2", read_only=False) as image, pytest.raises(IOFailure):
+        image.read(0, 512)
 
 
 def test_dotted_options_with_and_without_number() -> None:

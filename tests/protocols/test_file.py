@@ -467,6 +467,17 @@ def test_direct_requests_of_any_alignment(folder: Path, open_file: OpenFile, siz
     assert path.read_bytes() == bytes(content)
 
 
+def test_direct_io_sees_whole_units_at_the_end(tmp_path: Path, open_file: OpenFile) -> None:
+    node = direct_node(make(tmp_path / "a", b"\xaa" * 8191), open_file)
+    assert [(extent.offset, extent.length, extent.kind) for extent in node.extents(0, 8192)] == [(0, 8192, DATA)]
+    for offset in (0, 8190, 8191):
+        assert node.block_status(offset, 8192 - offset)[:3] == (offset, 8192 - offset, DATA)
+    assert bytes(read(node, 0, 8192)) == b"\xaa" * 8191 + b"\0"
+    assert node.block_status(8192, 512).kind == ZERO
+    hole = direct_node(make(tmp_path / "b", 8191), open_file)
+    assert [(extent.length, extent.kind) for extent in hole.extents(0, 8192)] == [(8192, ZERO)]
+
+
 def test_direct_neighbours_do_not_undo_each_other(tmp_path: Path, open_file: OpenFile) -> None:
     slot, slots, workers = 100, 300, 4
     path = make(tmp_path / "a", slot * slots + 33)

@@ -44,6 +44,7 @@ OPTIONS: Final = FaultOptions(
     Option("opt-discard", "size", "preferred alignment of discards, bytes", 0),
     Option("max-discard", "size", "longest discard, bytes", 0),
 )
+CHANGES: Final = frozenset(("write", "write-zeroes", "discard", "resize"))
 CHILDREN: Final = ("image", "file")
 CHILD_NAMES: Final = ("x-image", "filename")
 CHILD_OPTIONS: Final = {"file": "image"}
@@ -150,6 +151,7 @@ class FaultNode(FilterNode):
         self._planned: list[_Planned] = []
         self._device = Device()
         self._plain = True
+        self._unflushed = False
         self._ranges = RangeLock()
         self.calls = dict.fromkeys(self.KINDS, 0)
         self.extra_used = 0
@@ -274,7 +276,10 @@ class FaultNode(FilterNode):
         """(error number or 0, effect) for the next request to the child."""
         with self._lock:
             self.calls[kind] += 1
-            number = self._engine.error_for(kind, offset, length)
+            # As with the peer, rules do not see a flush that no request since the last one gives a reason for.
+            idle = kind == "flush" and not self._unflushed
+            self._unflushed = kind in CHANGES or (self._unflushed and kind != "flush")
+            number = 0 if idle else self._engine.error_for(kind, offset, length)
             if number:
                 return number, "none"
             verdict = (0, "none")
@@ -440,7 +445,12 @@ class FaultNode(FilterNode):
                 self._apply("discard", at, size, lambda at=at, size=size: self.below.discard(at, size))  # type: ignore[misc]
 
     def flush(self) -> None:
-        self._apply("flush", 0, 0, self.below.flush)
+        try:
+            self._apply("flush", 0, 0, self.below.flush)
+        except BaseException:
+            with self._lock:
+                self._unflushed = True
+            raise
 
     def block_status(self, offset: int, length: int) -> Extent:
         self._apply("block-status", offset, length, _nothing)

@@ -159,7 +159,7 @@ class FileSpace:
 
     def status(self, offset: int, length: int) -> Extent:
         """The first extent of a range: DATA, or ZERO for a hole (with a host) and past the end (without)."""
-        size = self._length.value
+        size = self._reach()
         if offset >= size:
             return Extent(offset, length, ZERO)
         length = min(length, size - offset)
@@ -172,11 +172,11 @@ class FileSpace:
         """All extents of a range, as :meth:`status` would give them."""
         rows: list[Extent] = []
         end = offset + length
-        size = self._length.value
+        size = self._reach()
         inside = min(end, size)
         while offset < inside:
             start, stop = self._find(offset, size)
-            start, stop = min(start, inside), min(stop, inside)
+            start, stop = min(max(start, offset), inside), min(stop, inside)
             if start > offset:
                 rows.append(Extent(offset, start - offset, ZERO, offset))
             if stop > start:
@@ -185,6 +185,11 @@ class FileSpace:
         if offset < end:
             rows.append(Extent(offset, end - offset, ZERO))
         return rows
+
+    def _reach(self) -> int:
+        """Where the file ends; with direct I/O the end of the last unit, because requests are about whole units."""
+        size = self._length.value
+        return size if self.direct is None else align_up(size, self.direct.alignment)
 
     def _find(self, offset: int, size: int) -> tuple[int, int]:
         """``(start, stop)`` of the first data at or behind ``offset``; ``(size, size)`` if only a hole follows.
@@ -198,7 +203,7 @@ class FileSpace:
         if _SEEK in self._cannot:
             return offset, size
         try:
-            found = space.next_data(self.fd, offset)
+            found = space.next_data(self.fd, min(offset, max(self._length.value - 1, 0)))
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -207,5 +212,7 @@ class FileSpace:
         if found is None:
             return size, size
         start, stop = found
+        if stop == self._length.value:
+            stop = max(stop, size)
         self._data = found = (start, max(stop, start + 1))  # the same if it was punched between the two calls
         return found
