@@ -348,6 +348,23 @@ class TestRefusals:
         assert done.returncode == 1
         assert "Address already in use" in done.stderr
 
+    @pytest.mark.parametrize(
+        ("place", "why"),
+        [(("-p", "99999"), "a port is a number below 65536"), (("-p", "65536"), "below 65536"),
+         (("-p", "abc"), "Servname not supported"), (("-b", "no.such.host.invalid"), "address resolution failed: ")],
+    )  # fmt: skip
+    def test_places_that_are_none(
+        self, raw: Path, place: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One line; and never a port that nobody asked for, because the system takes its lower bits only."""
+        from byre.cli.main import main
+
+        assert main(["serve", "-f", "raw", *place, str(raw)]) == 1
+        err = capsys.readouterr().err
+        assert why in err
+        assert err.count("\n") == 1
+        assert "Errno" not in err
+
     def test_a_list_through_tls_needs_a_name_to_check(self, raw: Path, sock: Path, tmp_path: Path) -> None:
         """A certificate for 127.0.0.1 says nothing about who listens on a unix socket."""
         keys = issue(make_authority(tmp_path / "ca"), tmp_path / "keys", "server", "127.0.0.1")

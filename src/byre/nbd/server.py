@@ -158,9 +158,12 @@ class Server(Host):
         """
         where = f"{host}:{port}"
         try:
+            if str(port).isdecimal() and int(port) >> 16:
+                raise OSError(errno.EINVAL, "a port is a number below 65536")  # the system would take its lower bits
             found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError) as error:
-            raise InvalidArgument(f"address resolution failed: {error}", where=printable(where)) from None
+            why = getattr(error, "strerror", None) or error
+            raise InvalidArgument(f"address resolution failed: {why}", where=printable(where)) from None
         failure: OSError | None = None
         before = len(self._listening)
         for family, kind, protocol, _, address in found:
