@@ -219,6 +219,8 @@ GRID = [
     {"cipher-mode": "ecb", "hash-alg": "sha224"},
     {"cipher-alg": "cast5-128", "cipher-mode": "cbc"},
     {"cipher-alg": "serpent-256"},
+    {"cipher-alg": "serpent-128", "cipher-mode": "cbc"},
+    {"cipher-alg": "twofish-128"},
     {"cipher-alg": "twofish-256", "cipher-mode": "cbc", "ivgen-alg": "essiv"},
 ]
 

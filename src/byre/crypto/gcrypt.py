@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["GcryptCipher", "available"]
 
 # Numbers of the library's stable interface (its manual, "Available ciphers" and "Available cipher modes").
-_NUMBERS: Final = {"twofish-256": 303, "serpent-128": 304, "serpent-192": 305, "serpent-256": 306, "twofish-128": 310}
+_NUMBERS: Final = {"twofish-256": 10, "twofish-128": 303, "serpent-128": 304, "serpent-192": 305, "serpent-256": 306}
 _MODE_ECB: Final = 1
 
 
