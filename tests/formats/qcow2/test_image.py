@@ -42,9 +42,9 @@ class Log(MemoryNode):
         if self.log and self.log[-1][0] != "flush":
             self.log.append(("flush", 0, 0))
 
-    def position(self, what: str, low: int, high: int) -> int:
-        """Index of the first entry of a kind inside ``[low, high)``."""
-        return next(i for i, (kind, at, _) in enumerate(self.log) if kind == what and low <= at < high)
+    def position(self, what: str, low: int, high: int, after: int = -1) -> int:
+        """Index of the first entry of a kind inside ``[low, high)``, behind entry ``after``."""
+        return next(i for i, (kind, at, _) in enumerate(self.log) if i > after and kind == what and low <= at < high)
 
 
 def opened(size: int = 1 << 20, **options: object) -> tuple[Log, Image]:
@@ -68,7 +68,8 @@ def test_a_new_cluster_is_counted_and_filled_before_it_is_linked() -> None:
     block = node.refcounts.table[0]
     data = disk.position("write", extent.host, extent.host + CLUSTER)
     counts = disk.position("write", block, block + CLUSTER)
-    linked = disk.position("write", table, table + CLUSTER)
+    taken = disk.position("write", table, table + CLUSTER)  # the space of the table: zeroes, which link nothing
+    linked = disk.position("write", table, table + CLUSTER, after=taken)
     first_level = disk.position("write", node.mapping.l1_offset, node.mapping.l1_offset + CLUSTER)
     assert max(data, counts) < linked < first_level
     assert ("flush", 0, 0) in disk.log[max(data, counts) : linked]

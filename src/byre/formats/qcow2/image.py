@@ -319,7 +319,11 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
     def prepare_compressed(self, offset: int, end: int) -> None:
         self._before_change()
         self._dropping = "other"
-        self._guarded(lambda: self.mapping.prepare_tables(offset, end - offset))
+        try:
+            self.mapping.prepare_tables(offset, end - offset)
+        except Corrupt as error:
+            self._mark_corrupt(error)
+            raise
 
     def reserve_compressed(self, lengths: Sequence[int]) -> list[int]:
         assert self.refcounts is not None

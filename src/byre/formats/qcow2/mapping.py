@@ -104,6 +104,12 @@ class Mapping(Lookup):
             self._report("l2_alloc_write")
         old = self.l2.get(host) if host else None
         new_host = self.refcounts.allocate(1, "L2 table")
+        try:
+            # A full disk fails this request, then, and not the table when it is written back.
+            self.file.write_from(new_host, memoryview(bytes(self.cluster_size)))
+        except BaseException:
+            self.refcounts.release(new_host, 1)
+            raise
         if self.count_tables:
             self.refcounts.write_back()
         table = self.l2.create(new_host, old)

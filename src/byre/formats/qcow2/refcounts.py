@@ -313,6 +313,8 @@ class Refcounts:
         Together, because a block at the start of each range it counts would leave no room for a run longer than
         that range. Their own clusters are counted before the table names them.
         """
+        # A full disk fails the request that needs them, then, and not the blocks when they are written back.
+        self.file.write_from(cluster << self.cluster_bits, memoryview(bytes(len(indexes) << self.cluster_bits)))
         made: dict[int, Table] = {}
         for number, index in enumerate(indexes):
             self._report("refblock_alloc")
