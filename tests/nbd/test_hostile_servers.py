@@ -13,9 +13,11 @@ import pytest
 
 from byre.errors import ByreError, IOFailure
 from byre.nbd import wire
-from byre.nbd.client_negotiation import Wishes
+from byre.nbd.client import Connection
+from byre.nbd.client_negotiation import Negotiated, Wishes
 from byre.nbd.request import Request
 from byre.nbd.session import Client, Settings, list_exports
+from byre.nbd.transport import Transport
 from byre.nbd.uri import Address
 from support.nbd_servers import FLAGS, SIZE, Script, Scripted, greet, requests, scripted, simple_disk, take
 
@@ -549,3 +551,53 @@ def test_closing_while_a_connection_is_being_made_again(tmp_path: Path) -> None:
         started = time.monotonic()
         client.close()
         assert time.monotonic() - started < 0.2
+
+
+# -- the descriptor of a broken connection --------------------------------------------------------
+
+
+class Watched(Transport):
+    """Receiving goes on although the connection was shut down, until it is let go."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, "test")
+        self.descriptor = sock
+        self.receiving, self.go_on = threading.Event(), threading.Event()
+        self.open_afterwards = False
+
+    def receive_into(self, view: memoryview, *, whole: bool = False) -> int:
+        self.receiving.set()
+        self.go_on.wait(5)
+        self.open_afterwards = self.descriptor.fileno() >= 0
+        return super().receive_into(view, whole=whole)
+
+
+def test_a_socket_is_closed_when_nobody_receives_any_more() -> None:
+    """Its number is given to the next connection, from which a late receiver would take what belongs to others."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        transport = Watched(ours)
+        connection = Connection(transport, Negotiated(SIZE, FLAGS))
+        request = read()
+        assert connection.submit(request)
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(connection.wait(request)))
+        thread.start()
+        assert transport.receiving.wait(5)
+        connection.close()  # as when another thread has noticed that the connection broke
+        assert ours.fileno() >= 0
+        transport.go_on.set()
+        thread.join(5)
+        assert results == [False]
+        assert transport.open_afterwards
+        assert ours.fileno() == -1
+
+
+def test_an_idle_socket_is_closed_at_once() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = Connection(Transport(ours, "test"), Negotiated(SIZE, FLAGS))
+        connection.close()
+        connection.close()
+        assert ours.fileno() == -1
+        assert take(theirs, wire.REQUEST.size)[6:8] == b"\0\2"

@@ -154,6 +154,7 @@ class Connection:
         self._flying: dict[int, Request] = {}
         self._cookie = 0
         self._turn_taken = False
+        self._closing = False
         self._input = _Input(transport, min(stall_limit, patience or stall_limit), patience)
         self._extended = info.extended
         self._structured = info.structured
@@ -204,11 +205,17 @@ class Connection:
         try:
             self._send_outgoing()
         except ByreError as error:
-            self._break(error)
+            self._stop_sending(error)
         except BaseException as error:
-            self._break(IOFailure(f"interrupted while sending: {type(error).__name__}"))
+            self._stop_sending(IOFailure(f"interrupted while sending: {type(error).__name__}"))
             raise
         return True
+
+    def _stop_sending(self, error: ByreError) -> None:
+        self._break(error)
+        with self._lock:
+            self._sending = False
+            self._let_go_locked()
 
     def _send_outgoing(self) -> None:
         """Send what this thread and, meanwhile, others want sent, until nothing is left."""
@@ -217,6 +224,7 @@ class Connection:
                 parts = self._outgoing
                 if not parts:
                     self._sending = False
+                    self._let_go_locked()
                     return
                 self._outgoing = []
             self._transport.send(parts)
@@ -265,6 +273,7 @@ class Connection:
                     other.wake = None
                     return
             self._turn_taken = False
+            self._let_go_locked()
 
     def _one_reply(self) -> None:
         if not self._structured:
@@ -376,9 +385,11 @@ class Connection:
                     request.wake.release()
                     request.wake = None
             self._flying.clear()
+            self._turn_taken = False
+            self._let_go_locked()
 
     def close(self) -> None:
-        """Say goodbye and let go; nothing is in flight. Closing twice is fine."""
+        """Say goodbye and let go; what is in flight is lost. Closing twice is fine."""
         if self.error is None:
             head = wire.encode_request(wire.Request(wire.CMD_DISC, 0, self._cookie + 1, 0, 0), self._extended)
             self._transport.set_limits(1, 1)
@@ -387,4 +398,13 @@ class Connection:
             except ByreError:
                 pass  # it is gone already
             self._break(IOFailure("the connection is closed"))
-        self._transport.close()
+        with self._lock:
+            self._closing = True
+            self._let_go_locked()
+
+    def _let_go_locked(self) -> None:
+        """Close the socket once nobody uses it: its number may be that of the next connection right afterwards, from
+        which a thread that is still about to receive would take what is not its own.
+        """
+        if self._closing and not self._turn_taken and not self._sending:
+            self._transport.close()
