@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -217,6 +218,23 @@ def test_credentials_as_objects(secure: Path, keys: Keys, capsys: pytest.Capture
     assert main(["info", "--image-opts", target]) == 1
     assert "No TLS credentials with id 't'" in capsys.readouterr().err
     assert main(["io", "--object", creds, "--image-opts", "-c", "read 0 1M", target]) == 0
+
+
+def test_disks_behind_tls_are_targets(secure: Path, keys: Keys, tmp_path: Path) -> None:
+    """What writes images writes them there as well, with credentials in the name or as an object."""
+    source = tmp_path / "source"
+    source.write_bytes(bytes(reversed(CONTENT[: SIZE // 2])))
+    name = name_of(secure, keys.client)
+    creds = f"tls-creds-x509,id=t,endpoint=client,dir={keys.client}"
+    assert main(["create", "-q", "-f", "qcow2", name, str(SIZE // 2)]) == 0
+    assert main(["convert", "-n", "-f", "raw", "-O", "qcow2", str(source), name]) == 0
+    assert main(["compare", "-f", "raw", "-F", "qcow2", str(source), name]) == 0
+    file = f"file.driver=nbd,file.path={secure},file.tls-creds=t,file.tls-hostname=disk.example"
+    source.write_bytes(CONTENT[SIZE // 2 :] * 2)
+    opts = ["convert", "-n", "--object", creds, "--image-opts", "--target-image-opts"]
+    assert main([*opts, f"driver=raw,file.driver=file,file.filename={source}", f"driver=raw,{file}"]) == 0
+    with byre.open(name, format="raw") as image:
+        assert hashlib.sha256(image.read(0, SIZE)).digest() == hashlib.sha256(source.read_bytes()).digest()
 
 
 @pytest.mark.oracle
