@@ -17,7 +17,7 @@ from byre.nbd.client import Connection
 from byre.nbd.client_negotiation import Negotiated, Wishes
 from byre.nbd.request import Request
 from byre.nbd.session import Client, Settings, list_exports
-from byre.nbd.transport import Transport
+from byre.nbd.transport import Transport, connect
 from byre.nbd.uri import Address
 from support.nbd_servers import FLAGS, SIZE, Script, Scripted, greet, requests, scripted, simple_disk, take
 
@@ -427,6 +427,27 @@ def test_a_long_wait_for_a_server_is_no_recursion(tmp_path: Path, monkeypatch: p
         with pytest.raises(IOFailure, match="Failed to connect"):
             client.run_one(read())
         client.close()
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with two addresses, behind the first of which nobody says a word."""
+    with socket.socket() as full, socket.socket() as good:
+        for sock, backlog in ((full, 0), (good, 5)):
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(backlog)
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        time.sleep(0.1)
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", sock.getsockname()) for sock in (full, good)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: places)
+        started = time.monotonic()
+        transport = connect(Address("inet", host="two.example"), started + 1)
+        assert time.monotonic() - started < 0.9
+        transport.close()
+        for sock in waiting:
+            sock.close()
 
 
 # -- several connections --------------------------------------------------------------------------
