@@ -360,6 +360,50 @@ def test_snapshot_entries_without_extra_data(shots: Path, qemu_img: Any, qemu_io
     qemu_io("-c", "read -P 1 0 300k", shots)
 
 
+LOST = {"not aligned": (0, 8, 1 << 9), "behind the end": (0, 8, 1 << 47), "too long": (8, 4, 1 << 30)}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", LOST)
+def test_a_snapshot_that_cannot_be_read_does_not_stay_for_ever(shots: Path, qemu_img: Any, qemu_io: Any,
+                                                               kind: str) -> None:  # fmt: skip
+    """With it the image could not be opened, or the snapshot not be deleted."""
+    first, size, flip = LOST[kind]
+    at = header(shots).snapshots_offset + first
+    form = ">Q" if size == 8 else ">I"
+    put(shots, at, struct.unpack_from(form, shots.read_bytes(), at)[0] ^ flip, form)
+    before = content(shots)
+    assert check(shots).corruptions == 1
+    if kind != "behind the end":
+        with byre.open(str(shots)) as image, pytest.raises(ByreError, match="check -r all"):
+            _ = image.node.snapshots  # type: ignore[attr-defined]
+    check(shots, "leaks")
+    assert header(shots).nb_snapshots == 3
+    result = check(shots, "all")
+    assert result[:3] == (0, 0, 0)
+    assert any("Discarding snapshot table entry 0" in line for line in result.messages)
+    assert clean(shots)
+    qemu_img("check", shots)
+    assert content(shots) == before
+    with byre.open(str(shots), read_only=False) as image:
+        assert [shot.name for shot in image.node.snapshots] == ["s1", "s2"]  # type: ignore[attr-defined]
+        image.apply_snapshot("s1")
+        image.delete_snapshot("s2")
+    assert clean(shots)
+    assert "failed" not in qemu_io("-c", "read -P 2 50k 300k", shots).stdout
+
+
+@pytest.mark.oracle
+def test_opening_gives_up_no_snapshot(shots: Path) -> None:
+    """The repair of an image that was not closed cleanly is not asked for."""
+    at = header(shots).snapshots_offset
+    put(shots, at, word(shots, at) ^ 1 << 47)
+    put(shots, 72, 1)
+    with pytest.raises(Corrupt, match="could not be repaired"):
+        byre.open(str(shots), read_only=False)
+    assert header(shots).nb_snapshots == 3
+
+
 @pytest.mark.oracle
 def test_too_much_extra_data_is_dropped(shots: Path, qemu_img: Any) -> None:
     at = header(shots).snapshots_offset

@@ -52,7 +52,7 @@ class Analysis(NamedTuple):
         return self.walk is not None and bool(self.walk.snapshots.unfit or self.walk.snapshots.dropped)
 
 
-def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> CheckResult:
+def check_image(node: Qcow2Node, control: Control | None, fix: str = "", *, give_up: bool = True) -> CheckResult:
     """Check ``node``'s image, and mend it.
 
     Nobody else may use the node meanwhile. Its tables are written back first, and dropped after a repair. Where the
@@ -60,6 +60,7 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
 
     :param control: progress in bytes of L2 tables; raises ``Cancelled`` from here
     :param fix: "" only checks; "leaks" lowers counts of clusters that are not referred to; "all" mends what it can
+    :param give_up: with "all", snapshots that cannot be read go
     :raises ReadOnly: ``fix`` is given and the node cannot be written
     :raises IOFailure: writing a repair failed; the image is no worse than before
     """
@@ -75,7 +76,7 @@ def check_image(node: Qcow2Node, control: Control | None, fix: str = "") -> Chec
         return found.findings.result()
     try:
         _forget_unknown(node)
-        findings = _mend(node, control, fix)
+        findings = _mend(node, control, fix, give_up and fix == "all")
     except Cancelled:
         node.invalidate()
         raise
@@ -101,7 +102,7 @@ def repair_dirty(node: Qcow2Node) -> tuple[str, ...]:
 
     :raises Corrupt: there is damage that could not be mended
     """
-    result = check_image(node, None, "all")
+    result = check_image(node, None, "all", give_up=False)
     if result.check_errors or result.corruptions:
         raise Corrupt("the image was not closed cleanly and could not be repaired", where=node.filename,
                       hint='"byre check" says what is wrong')  # fmt: skip
@@ -112,9 +113,10 @@ def repair_dirty(node: Qcow2Node) -> tuple[str, ...]:
 
 
 def _analyse(node: Qcow2Node, control: Control | None, *, fix: str = "", mend_snapshots: bool = False,
-             width: int = 0) -> Analysis:  # fmt: skip
+             give_up: bool = False, width: int = 0) -> Analysis:  # fmt: skip
     """Look at everything but COPIED flags; with ``fix``, correct counts in place.
 
+    :param give_up: leave out snapshots that cannot be read
     :param width: bytes of a counter, as an earlier analysis found them; 0 tries
     """
 
@@ -123,7 +125,7 @@ def _analyse(node: Qcow2Node, control: Control | None, *, fix: str = "", mend_sn
         findings.total = -(-node.header.size >> node.header.cluster_bits)
         subject = Subject(node.children["file"].node, node.header, node.extensions, node.filename)
         try:
-            snapshots = SnapshotTable(subject, findings, repair=mend_snapshots)
+            snapshots = SnapshotTable(subject, findings, repair=mend_snapshots, give_up=give_up)
             walk = Walk(subject, snapshots, control)
             comparison = Comparison(subject, findings, walk.refcount_blocks(), fix)
             for window in each_window(walk, width, findings):
@@ -159,15 +161,15 @@ def _check_flags(found: Analysis, control: Control | None, *, mend: bool) -> Non
 # -- mending --------------------------------------------------------------------------------------
 
 
-def _mend(node: Qcow2Node, control: Control | None, fix: str) -> Findings:
+def _mend(node: Qcow2Node, control: Control | None, fix: str, give_up: bool) -> Findings:
     everything = fix == "all"
-    found = _analyse(node, control, mend_snapshots=everything)
+    found = _analyse(node, control, mend_snapshots=everything, give_up=give_up)
     if found.walk is None:
         return found.findings
     zeroed = 0
     if everything and found.findings.misaligned:
         zeroed = repair.zero_misaligned(found.walk, found.findings)
-        found = _analyse(node, control, mend_snapshots=True)
+        found = _analyse(node, control, mend_snapshots=True, give_up=give_up)
     before = found.findings
     if found.walk is None:
         return before

@@ -41,20 +41,24 @@ class SnapshotTable:
     :ivar unfit: entries whose extra data must be rewritten
     """
 
-    def __init__(self, subject: Subject, findings: Findings, *, repair: bool) -> None:
+    def __init__(self, subject: Subject, findings: Findings, *, repair: bool, give_up: bool = False) -> None:
+        """
+        :param repair: leave out and cut what keeps the table from being read
+        :param give_up: also leave out snapshots whose L1 tables cannot be read
+        """
         self.subject = subject
         self.rows: list[SnapshotRow] = []
         self.size = 0
         self.unfit = 0
         self._chunk = memoryview(b"")
         self._chunk_at = 0
-        self._read(findings, repair)
+        self._read(findings, repair, give_up)
 
     @property
     def dropped(self) -> int:
         return self.subject.header.nb_snapshots - len(self.rows)
 
-    def _read(self, findings: Findings, repair: bool) -> None:
+    def _read(self, findings: Findings, repair: bool, give_up: bool) -> None:
         header = self.subject.header
         count = header.nb_snapshots
         if count > MAX_SNAPSHOTS and repair:
@@ -81,6 +85,8 @@ class SnapshotTable:
             self.rows.append(row)
             position = end
         self.size = position - header.snapshots_offset
+        if give_up:
+            self._give_up_lost(findings)
         findings.corruptions += self.dropped
         if header.version >= 3:
             self._find_incomplete(findings, repair)
@@ -128,6 +134,21 @@ class SnapshotTable:
             offset = f"{row.l1_offset:#x}"
             return f"{what}l1_offset={offset}: L1 table is not cluster aligned; snapshot table entry corrupted"
         return f"{what}l1_size={row.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
+
+    def _give_up_lost(self, findings: Findings) -> None:
+        """Leave out snapshots that nobody can read: their clusters are leaks, which repairing frees, and an entry that
+        stays could not even be deleted.
+        """
+        kept = []
+        for index, row in enumerate(self.rows):
+            behind = row.l1_size and row.l1_offset >= self.subject.file.size
+            wrong = self.l1_problem(row) or (behind and f"ERROR its L1 table at {row.l1_offset:#x} lies behind the end")
+            if wrong:
+                findings.say(wrong)
+                findings.say(f"Discarding snapshot table entry {index}: the snapshot cannot be read")
+            else:
+                kept.append(row)
+        self.rows = kept
 
     # -- the corrected table ----------------------------------------------------------------------
 

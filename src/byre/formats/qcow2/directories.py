@@ -122,17 +122,20 @@ def decode_snapshot_table(
     return tuple(found)
 
 
+_DISCARDED: Final = "check -r all discards the snapshot"
+
+
 def _check_snapshot(index: int, offset: int, l1_size: int, extra_size: int, cluster_bits: int) -> None:
     where = f"qcow2 snapshot table entry {index}: field"
     if extra_size > MAX_SNAPSHOT_EXTRA:
         raise ImageError(f"{where} extra_data_size is {extra_size}, allowed is at most {MAX_SNAPSHOT_EXTRA}",
                          hint="check -r all removes the extra data", errno=errno.EFBIG)  # fmt: skip
     if l1_size * 8 > 32 << 20:
-        raise ImageError(f"{where} l1_size is {l1_size}, allowed is at most {(32 << 20) // 8}", errno=errno.EFBIG)
+        raise ImageError(f"{where} l1_size is {l1_size}, allowed is at most {(32 << 20) // 8}",
+                         hint=_DISCARDED, errno=errno.EFBIG)  # fmt: skip
     if offset % (1 << cluster_bits) or offset >= 1 << 63:
-        raise ImageError(
-            f"{where} l1_table_offset is {offset:#x}, allowed is a multiple of the cluster size {1 << cluster_bits}"
-        )
+        raise ImageError(f"{where} l1_table_offset is {offset:#x}, allowed is a multiple of the cluster size "
+                         f"{1 << cluster_bits}", hint=_DISCARDED)  # fmt: skip
 
 
 def _text(data: bytes | bytearray | memoryview) -> str:
