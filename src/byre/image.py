@@ -334,23 +334,27 @@ class Image:
         if size < self.size and not shrink:
             raise InvalidArgument(f"shrinking from {self.size} to {size} bytes would lose data", where=self.filename,
                                   hint="use --shrink if that is meant")  # fmt: skip
-        if self.node.blockers or self.node.parents[1:]:
-            from .graph.blockers import check
-
-            check(self.graph, self.node, "resize")
         before = self._root.used
         self.graph.set_image_permissions(self._root, before | PERM_RESIZE, self._root.shared)
         try:
             if size < self.size:
-                from .graph.live import quiesce
+                from .graph.live import settled
 
                 # Nobody may be about to write behind the new end.
-                with quiesce(self.graph, [self.node]):
-                    self.node.resize(size, preallocation=preallocation)
+                with settled(self.graph, [self]) as (node,):
+                    self._resize(node, size, preallocation)
             else:
-                self.within(lambda: self.node.resize(size, preallocation=preallocation))
+                self.within(lambda: self._resize(self.node, size, preallocation))
         finally:
             self.graph.set_image_permissions(self._root, before, self._root.shared)
+
+    def _resize(self, node: Node, size: int, preallocation: str) -> None:
+        """Within a request, or while requests are held back: whoever blocks it has begun, or begins later."""
+        if node.blockers or node.parents[1:]:
+            from .graph.blockers import check
+
+            check(self.graph, node, "resize")
+        node.resize(size, preallocation=preallocation)
 
     # -- internal snapshots -----------------------------------------------------------------------
 
@@ -367,28 +371,21 @@ class Image:
         self._alone("internal-snapshot-delete", lambda holder: holder.delete_snapshot(name))
 
     def _alone(self, operation: str, action: Callable[[HasSnapshots], _T]) -> _T:
-        """Change snapshots while no handle in the graph has a request under way.
+        """Change snapshots while no handle that reaches the node has a request under way.
 
         :raises Busy: ``operation`` is blocked
         """
         from .formats.abilities import require_snapshots
+        from .graph.blockers import check
+        from .graph.live import settled
 
-        holder = require_snapshots(self.node)
         if self.read_only:
+            require_snapshots(self.node)  # what it can never do comes first
             raise ReadOnly("cannot change snapshots: the image is open read-only", where=self.filename)
-        if self.node.blockers:
-            from .graph.blockers import check
-
-            check(self.graph, self.node, operation)
-        with self.graph.lock:
-            images = list(self.graph.images)
-        for image in images:
-            image.pause()
-        try:
+        with settled(self.graph, [self]) as (node,):
+            holder = require_snapshots(node)
+            check(self.graph, node, operation)
             return action(holder)
-        finally:
-            for image in images:
-                image.resume()
 
     # -- looking ----------------------------------------------------------------------------------
 

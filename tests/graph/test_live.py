@@ -412,10 +412,11 @@ def test_blockers_say_why() -> None:
             blockers.check(graph, node, "stream")
         with blockers.Blocking(graph, [node], "second", ["stream"]):
             pass
-        with Image(node, graph, read_only=False) as image, pytest.raises(Busy, match="mirror"):
-            image.resize(2 * SIZE)
-        with pytest.raises(Busy, match="mirror"):
-            live.replace_node(graph, node, memory(graph, "other"))
+        with Image(node, graph, read_only=False) as image:
+            with pytest.raises(Busy, match="mirror"):
+                image.resize(2 * SIZE)
+            with pytest.raises(Busy, match="mirror"):
+                live.replace_node(graph, node, memory(graph, "other"))
     blockers.check(graph, node, "stream")
     assert node.blockers == {}
     with pytest.raises(InvalidArgument, match="unknown operation 'steam'"):

@@ -472,7 +472,7 @@ def test_changes_of_the_graph_meanwhile() -> None:
     with Writers(source) as writers:
         with writers.held():
             before = bytes(writers.model)
-            job = BackupJob(source, target, speed=20 * M)
+            job = BackupJob(source, target, speed=M)  # still at work after all the changes
         top = source.node
         job.start()
         for _ in range(6):
@@ -482,6 +482,7 @@ def test_changes_of_the_graph_meanwhile() -> None:
                 insert_filter(graph, filter_node, node)
                 writers.more(3)
                 remove_filter(graph, filter_node)
+        assert job.state is State.RUNNING
         attempt(job.set_speed, 0)
         assert job.join(20)
         assert job.error is None

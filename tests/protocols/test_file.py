@@ -364,6 +364,36 @@ def test_of_two_flushes_at_once_none_hides_a_failure(
     assert results == ["failed", "failed"]
 
 
+def test_a_flush_under_way_keeps_its_descriptor(
+    tmp_path: Path, open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs flush ahead of a change of the graph, which may open the file anew."""
+    started, results = threading.Event(), list[object]()
+    sync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        started.set()
+        threading.Event().wait(0.05)
+        sync(fd)
+
+    def flush() -> None:
+        try:
+            node.flush()
+            results.append("fine")
+        except IOFailure as error:
+            results.append(error)
+
+    node = open_file(make(tmp_path / "a", 100))
+    node.write_from(0, memoryview(b"x"))
+    monkeypatch.setattr(os, "fdatasync", slow)
+    thread = threading.Thread(target=flush)
+    thread.start()
+    assert started.wait(5)
+    node.reopen_commit(node.reopen_prepare(node.open_flags._replace(read_only=True), node.runtime))
+    thread.join(5)
+    assert results == ["fine"]
+
+
 # -- length ---------------------------------------------------------------------------------------
 
 

@@ -32,14 +32,17 @@ _NOT_BELOW_AN_OVERLAY: Final = frozenset({
 
 
 def check(graph: Graph, node: Node, operation: str) -> None:
-    """:raises Busy: ``operation`` on ``node`` is blocked; the message says by what"""
+    """See whether ``operation`` may begin. Takes no lock, so that a request may ask; who holds the graph lock can rely
+    on the answer.
+
+    :raises Busy: ``operation`` on ``node`` is blocked; the message says by what
+    """
     if operation not in OPERATIONS:
         raise InvalidArgument(f"unknown operation {operation!r}: expected one of {', '.join(sorted(OPERATIONS))}")
-    with graph.lock:
-        reasons = node.blockers.get(operation, ())
-        if not reasons and operation in _NOT_BELOW_AN_OVERLAY:
-            above = [edge for edge in node.parents if edge.role == "backing" and not edge.tolerant]
-            reasons = tuple(f"node is used as backing hd of {edge.parent.name!r}" for edge in above if edge.parent)
+    reasons = node.blockers.get(operation, ())
+    if not reasons and operation in _NOT_BELOW_AN_OVERLAY:
+        above = [edge for edge in tuple(node.parents) if edge.role == "backing" and not edge.tolerant]
+        reasons = tuple(f"node is used as backing hd of {edge.parent.name!r}" for edge in above if edge.parent)
     if reasons:
         raise Busy(f"node {node.name!r} is busy: {reasons[0]}", where=node.filename)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import Busy, ByreError, InvalidArgument, NotSupported
 from . import blockers
 from .creating import companions, create
-from .live import Rewiring, quiesce, supports_backing
+from .live import Rewiring, node_at, settled, supports_backing
 from .opening import Opener, OpenFlags, Policy, has_protocol, resolve_backing
 from .relinking import flush_ahead
 from .reopening import set_read_only
@@ -59,15 +59,15 @@ def append(graph: Graph, pairs: Sequence[tuple[Node | Image, Node]], *, stay: Se
     :raises NotSupported: the overlay's format has no backing files
     :raises ByreError: nothing has changed
     """
-    chosen = [(_node_of(node), overlay) for node, overlay in pairs]
-    with graph.lock:
+    disks, overlays = [disk for disk, _ in pairs], [overlay for _, overlay in pairs]
+    roots = [image._root for image in stay]
+    flush_ahead(map(node_at, disks))
+    with settled(graph, [*disks, *overlays]) as nodes:
+        chosen = list(zip(nodes, overlays, strict=False))
         for node, overlay in chosen:
             _check(graph, node, overlay)
-        if len({part for pair in chosen for part in pair}) < 2 * len(chosen):
+        if len(set(nodes)) < len(nodes):
             raise InvalidArgument("a node is named twice in one snapshot")
-    roots = [image._root for image in stay]
-    flush_ahead(node for node, _ in chosen)
-    with quiesce(graph, [node for pair in chosen for node in pair]):
         for node, _ in chosen:
             if not node.read_only:
                 node.flush()
@@ -79,11 +79,6 @@ def append(graph: Graph, pairs: Sequence[tuple[Node | Image, Node]], *, stay: Se
                 change.add(overlay, "backing", node, "backing")
         for node, _ in chosen:
             _protect(graph, node)
-
-
-def _node_of(target: Node | Image) -> Node:
-    found: Node = getattr(target, "node", target)  # type: ignore[arg-type]
-    return found
 
 
 def _check(graph: Graph, node: Node, overlay: Node) -> None:
@@ -117,28 +112,44 @@ def snapshot(graph: Graph, overlays: Sequence[NewOverlay], *, policy: Policy | N
     :returns: the overlays, which are the active layers now
     :raises ByreError: nothing has changed, and no file made here is left
     """
+    while True:
+        found = _attempt(graph, overlays, policy or Policy(), secrets)
+        if found is not None:
+            return found
+
+
+def _attempt(graph: Graph, overlays: Sequence[NewOverlay], policy: Policy,
+             secrets: SecretProvider | None) -> list[Node] | None:  # fmt: skip
+    """The overlays; ``None`` if a disk has got another active layer while overlays of the last one were made."""
     made: list[str] = []
     nodes: list[Node] = []
+    disks = [wanted.node for wanted in overlays]
+    below = list(map(node_at, disks))
+    done = False
     try:
-        for wanted in overlays:
-            blockers.check(graph, _node_of(wanted.node), "external-snapshot")
+        for wanted, node in zip(overlays, below, strict=True):
+            blockers.check(graph, node, "external-snapshot")
             if wanted.mode == "absolute-paths":
-                _create(wanted, made, policy or Policy(), secrets)
+                _create(wanted, node, made, policy, secrets)
             elif wanted.mode != "existing":
                 raise InvalidArgument(f"unknown mode {wanted.mode!r}: expected absolute-paths or existing")
-            nodes.append(_open(graph, wanted, policy or Policy(), secrets))
-        append(graph, [(wanted.node, node) for wanted, node in zip(overlays, nodes, strict=True)])
-    except BaseException:
-        for node in nodes:
-            graph.release(node)
-        for path in made:
-            os.unlink(path)
-        raise
-    return nodes
+            nodes.append(_open(graph, wanted, node, policy, secrets))
+        flush_ahead(below)
+        with settled(graph, disks) as now:
+            # The headers of the overlays name what was there when they were made.
+            if now == below:
+                append(graph, list(zip(disks, nodes, strict=True)))
+                done = True
+    finally:
+        if not done:
+            for node in nodes:
+                graph.release(node)
+            for path in made:
+                os.unlink(path)
+    return nodes if done else None
 
 
-def _create(wanted: NewOverlay, made: list[str], policy: Policy, secrets: SecretProvider | None) -> None:
-    node = _node_of(wanted.node)
+def _create(wanted: NewOverlay, node: Node, made: list[str], policy: Policy, secrets: SecretProvider | None) -> None:
     below = node.filename if has_protocol(node.filename) else os.path.abspath(node.filename)
     options = {**wanted.options, "backing_file": below, "backing_fmt": _format(node), "size": node.size}
     beside = companions(wanted.format, wanted.filename, options)
@@ -148,7 +159,7 @@ def _create(wanted: NewOverlay, made: list[str], policy: Policy, secrets: Secret
     made += new
 
 
-def _open(graph: Graph, wanted: NewOverlay, policy: Policy, secrets: SecretProvider | None) -> Node:
+def _open(graph: Graph, wanted: NewOverlay, node: Node, policy: Policy, secrets: SecretProvider | None) -> Node:
     given: dict[str, object] = {"driver": wanted.format, "file": {"driver": "file", "filename": wanted.filename},
                                 "backing": None}  # fmt: skip
     given |= {key: value for key, value in wanted.options.items() if key.endswith("key-secret")}
@@ -157,7 +168,7 @@ def _open(graph: Graph, wanted: NewOverlay, policy: Policy, secrets: SecretProvi
     # What the caller puts into the overlay is his word.
     if wanted.options.get("data_file"):
         policy = policy._replace(named=(*policy.named, (wanted.filename, str(wanted.options["data_file"]))))
-    flags: OpenFlags = getattr(_node_of(wanted.node), "open_flags", OpenFlags())
+    flags: OpenFlags = getattr(node, "open_flags", OpenFlags())
     opener = Opener(graph, policy, secrets)
     return opener.open_chain(given, flags._replace(read_only=False, no_backing=True))
 

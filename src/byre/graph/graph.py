@@ -69,8 +69,10 @@ class Graph:
         """Make the edge ``parent`` -> ``node``.
 
         :raises Busy: the permissions it needs conflict with another user of ``node``
+        :raises InvalidArgument: one of them is closed, or has such a child, or they would make a ring
         """
         with self.lock:
+            self.check_open(parent, node)
             if name in parent.children:
                 raise InvalidArgument(f"node {parent.name!r} has a child {name!r} already")
             if self.reaches(node, parent):
@@ -89,6 +91,7 @@ class Graph:
     def attach_image(self, node: Node, owner: str, used: int, shared: int) -> Child:
         """The edge from an Image (outside the graph) to its node."""
         with self.lock:
+            self.check_open(node)
             child = Child(node, "root", "data", None, owner)
             self._link(child)
             child.used, child.shared = used, shared
@@ -128,6 +131,13 @@ class Graph:
     def _unlink(self, child: Child) -> None:
         if child in child.node.parents:
             child.node.parents.remove(child)
+
+    @staticmethod
+    def check_open(*nodes: Node) -> None:
+        """:raises InvalidArgument: one of ``nodes`` is closed, for nobody used it any more"""
+        for node in nodes:
+            if node.closed:
+                raise InvalidArgument(f"node {node.name!r} is closed", where=node.filename)
 
     @staticmethod
     def reaches(start: Node, goal: Node) -> bool:

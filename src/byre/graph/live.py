@@ -16,15 +16,15 @@ from .child import Child
 from .node import PERM_WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from ..image import Image
     from .graph import Graph
     from .node import Node
 
-__all__ = ["Frozen", "Rewiring", "Tolerated", "check_unfrozen", "insert_filter", "lead_backing", "quiesce",
-           "remove_filter", "replace_node", "set_backing", "supports_backing"]  # fmt: skip
+__all__ = ["Frozen", "Rewiring", "Tolerated", "check_unfrozen", "insert_filter", "lead_backing", "node_at",
+           "quiesce", "remove_filter", "replace_node", "set_backing", "settled", "supports_backing"]  # fmt: skip
 
 
 @contextmanager
@@ -57,6 +57,34 @@ def quiesce(graph: Graph, nodes: Iterable[Node], *, running: Iterable[Image] = (
             image.resume()
 
 
+@contextmanager
+def settled(graph: Graph, places: Sequence[Node | Image]) -> Iterator[list[Node]]:
+    """As :func:`quiesce`, of what ``places`` are by the time that nobody else changes the graph.
+
+    What is found in the body (edges, sizes, blockers) is true until its end.
+
+    :param places: an Image stands for its node
+    :returns: the nodes
+    :raises InvalidArgument: one of them is closed
+    """
+    while True:
+        nodes = list(map(node_at, places))
+        with quiesce(graph, nodes):
+            if nodes == list(map(node_at, places)):
+                for place in places:
+                    if not hasattr(place, "children"):
+                        place._check_open()
+                graph.check_open(*nodes)
+                yield nodes
+                return
+
+
+def node_at(place: Node | Image) -> Node:
+    """The node itself, or that of an Image as it is now."""
+    found: Node = getattr(place, "node", place)  # type: ignore[arg-type]
+    return found
+
+
 def _users(graph: Graph, nodes: tuple[Node, ...]) -> list[Image]:
     """Images from which one of ``nodes`` can be reached."""
     return [image for image in graph.images if any(graph.reaches(image.node, node) for node in nodes)]
@@ -76,13 +104,16 @@ class Rewiring:
         """``child`` leads to ``node`` from now on.
 
         :raises NotSupported: its parent cannot do that while it is open
+        :raises InvalidArgument: ``node`` is closed
         """
+        self._graph.check_open(node)
         before = child.node
         self._moved.append((child, before, node))
         self._lead(child, before, node)
 
     def add(self, parent: Node, name: str, node: Node, role: str) -> Child:
         """A new edge."""
+        self._graph.check_open(parent, node)
         if self._graph.reaches(node, parent):
             raise InvalidArgument(f"attaching {node.name!r} below {parent.name!r} would make a ring")
         child = Child(node, name, role, parent)
@@ -213,24 +244,25 @@ def check_unfrozen(edge: Child) -> None:
 # -- operations -----------------------------------------------------------------------------------
 
 
-def insert_filter(graph: Graph, filter_node: Node, above: Node, *, stay: Iterable[Image] = ()) -> None:
+def insert_filter(graph: Graph, filter_node: Node, above: Node | Image, *, stay: Iterable[Image] = ()) -> None:
     """Whoever used ``above`` (Images and other nodes) goes through ``filter_node`` from now on.
 
     :param filter_node: in the graph; its edge ``file`` leads to ``above``, or is made here
+    :param above: an Image stands for its node
     :param stay: Images that keep using ``above`` directly
     :raises InvalidArgument: the filter filters something else
     :raises ByreError: permissions conflict; everything is as before
     """
-    edge = filter_node.children.get("file")
-    if filter_node.kind != "filter" or (edge is not None and edge.node is not above):
-        raise InvalidArgument(f"node {filter_node.name!r} is no filter of {above.name!r}")
     stay = tuple(stay)
-    with quiesce(graph, [above, filter_node]), Rewiring(graph) as change:
-        parents = _movable(graph, above, filter_node, stay)
+    with settled(graph, [above, filter_node]) as (node, _), Rewiring(graph) as change:
+        edge = filter_node.children.get("file")
+        if filter_node.kind != "filter" or (edge is not None and edge.node is not node):
+            raise InvalidArgument(f"node {filter_node.name!r} is no filter of {node.name!r}")
+        parents = _movable(graph, node, filter_node, stay)
         if edge is None:
-            filter_node.limits = above.limits
-            filter_node.filename = filter_node.filename or above.filename
-            change.add(filter_node, "file", above, "filtered")
+            filter_node.limits = node.limits
+            filter_node.filename = filter_node.filename or node.filename
+            change.add(filter_node, "file", node, "filtered")
         for parent in parents:
             change.move(parent, filter_node)
 
@@ -238,13 +270,13 @@ def insert_filter(graph: Graph, filter_node: Node, above: Node, *, stay: Iterabl
 def remove_filter(graph: Graph, filter_node: Node, *, close: bool = True) -> None:
     """Whoever used ``filter_node`` uses what it filters; then it is closed, unless ``close`` is false.
 
-    :raises InvalidArgument: it is no filter
+    :raises InvalidArgument: it is no filter, or somebody else has removed it
     :raises ByreError: permissions conflict; everything is as before
     """
-    edge = filter_node.children.get("file")
-    if filter_node.kind != "filter" or edge is None:
-        raise InvalidArgument(f"node {filter_node.name!r} is no filter")
-    with quiesce(graph, [filter_node]):
+    with settled(graph, [filter_node]):
+        edge = filter_node.children.get("file")
+        if filter_node.kind != "filter" or edge is None:
+            raise InvalidArgument(f"node {filter_node.name!r} is no filter", where=filter_node.filename)
         # Before others go on past it: what it does at its end may be about the length of the file.
         filter_node.inactivate()
         with Rewiring(graph) as change:
@@ -254,17 +286,18 @@ def remove_filter(graph: Graph, filter_node: Node, *, close: bool = True) -> Non
         graph.release(filter_node)
 
 
-def replace_node(graph: Graph, old: Node, new: Node, *, stay: Iterable[Image] = ()) -> None:
+def replace_node(graph: Graph, old: Node | Image, new: Node | Image, *, stay: Iterable[Image] = ()) -> None:
     """Whoever used ``old`` uses ``new`` from now on, but for ``new`` itself and what it stands on.
 
-    ``old`` stays open; :meth:`byre.graph.graph.Graph.release` closes it if nobody uses it.
+    ``old`` stays open; :meth:`byre.graph.graph.Graph.release` closes it if nobody uses it. An Image stands for its
+    node.
 
     :raises Busy: the operation is blocked, or permissions conflict; everything is as before
     """
-    blockers.check(graph, old, "replace")
-    with quiesce(graph, [old, new]), Rewiring(graph) as change:
-        for parent in _movable(graph, old, new, tuple(stay)):
-            change.move(parent, new)
+    with settled(graph, [old, new]) as (before, after), Rewiring(graph) as change:
+        blockers.check(graph, before, "replace")
+        for parent in _movable(graph, before, after, tuple(stay)):
+            change.move(parent, after)
 
 
 def _movable(graph: Graph, old: Node, new: Node, stay: tuple[Image, ...]) -> list[Child]:
@@ -290,7 +323,7 @@ def set_backing(graph: Graph, node: Node, below: Node | None) -> None:
     """
     if not supports_backing(node):
         raise NotSupported(f"driver {node.driver!r} does not support backing files", where=node.filename)
-    with quiesce(graph, [node]), Rewiring(graph) as change:
+    with settled(graph, [node]), Rewiring(graph) as change:
         lead_backing(change, graph, node, below)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ByreError, InvalidArgument, NotSupported
 from . import blockers, chain
-from .live import Rewiring, check_unfrozen, lead_backing, quiesce
+from .live import Rewiring, check_unfrozen, lead_backing, quiesce, settled
 from .opening import has_protocol
 from .reopening import set_read_only
 
@@ -86,13 +86,13 @@ def change_backing_file(graph: Graph, node: Node, name: str, format: str = "") -
     :raises Busy: the operation is blocked
     """
     node = chain.skip_filters(node)
-    edge = node.children.get("backing")
-    if name and not format:
-        if edge is None:
-            raise InvalidArgument("a backing file is given without its format", where=node.filename)
-        format = chain.skip_filters(edge.node).driver
-    blockers.check(graph, node, "change")
-    with quiesce(graph, [node]):
+    with settled(graph, [node]):
+        edge = node.children.get("backing")
+        if name and not format:
+            if edge is None:
+                raise InvalidArgument("a backing file is given without its format", where=node.filename)
+            format = chain.skip_filters(edge.node).driver
+        blockers.check(graph, node, "change")
         _write_header(graph, node, NewHeader(name, format if name else ""))
 
 
@@ -119,7 +119,7 @@ def overlays_of(node: Node) -> list[Node]:
 class Relinked:
     """Overlays that stand on another layer, in the graph and in their headers, until :meth:`finish` or :meth:`undo`.
 
-    They read the same either way. The layers they stood on stay open until then.
+    They read the same either way. The layers they stood on stay open until then. The caller holds back the users.
 
     :raises ByreError: nothing has changed
     """
@@ -129,7 +129,6 @@ class Relinked:
         headers = {overlay: _header_for(overlay, below, backing_file) for overlay in overlays}
         self._old_headers = {overlay: _recorded(overlay) for overlay in overlays}
         self._before = {overlay: _backing(overlay) for overlay in overlays}
-        flush_ahead(overlays)
         self._lead(headers, dict.fromkeys(overlays, below))
 
     def _lead(self, headers: dict[Node, NewHeader], targets: dict[Node, Node | None]) -> None:
@@ -184,15 +183,13 @@ def drop_intermediate(graph: Graph, top: Node, base: Node, *, backing_file: str 
 def dropped(graph: Graph, top: Node, base: Node, *, backing_file: str | None = None) -> Relinked:
     """As :func:`drop_intermediate`, for those who may have to undo it."""
     top, base = chain.skip_filters(top), chain.skip_filters(base)
-    layers = chain.layers(top)
-    if base not in layers[1:]:
-        raise InvalidArgument(f"node {base.name!r} is not below {top.name!r}", where=base.filename)
-    overlays = overlays_of(top)
-    if not overlays:
-        raise InvalidArgument(f"node {top.name!r} is not the backing file of another", where=top.filename)
-    # With the filters that belong to the base.
-    below = layers[layers.index(base) - 1].children["backing"].node
-    return Relinked(graph, overlays, below, backing_file)
+    flush_ahead(overlays_of(top))
+    with settled(graph, [top, base]):
+        below = _reached(top, base)
+        overlays = overlays_of(top)
+        if not overlays:
+            raise InvalidArgument(f"node {top.name!r} is not the backing file of another", where=top.filename)
+        return Relinked(graph, overlays, below, backing_file)
 
 
 def cut_short(graph: Graph, overlay: Node, base: Node | None, *, backing_file: str | None = None) -> None:
@@ -209,14 +206,21 @@ def cut_short(graph: Graph, overlay: Node, base: Node | None, *, backing_file: s
 def shortened(graph: Graph, overlay: Node, base: Node | None, *, backing_file: str | None = None) -> Relinked:
     """As :func:`cut_short`, for those who may have to undo it."""
     overlay = chain.skip_filters(overlay)
-    below = None
-    if base is not None:
-        layers = chain.layers(overlay)
-        base = chain.skip_filters(base)
-        if base not in layers[1:]:
-            raise InvalidArgument(f"node {base.name!r} is not below {overlay.name!r}", where=base.filename)
-        below = layers[layers.index(base) - 1].children["backing"].node
-    return Relinked(graph, [overlay], below, backing_file)
+    flush_ahead([overlay])
+    with settled(graph, [overlay]):
+        below = None if base is None else _reached(overlay, chain.skip_filters(base))
+        return Relinked(graph, [overlay], below, backing_file)
+
+
+def _reached(top: Node, base: Node) -> Node:
+    """``base``, a layer below ``top``, with the filters that belong to it.
+
+    :raises InvalidArgument: it is not below
+    """
+    layers = chain.layers(top)
+    if base not in layers[1:]:
+        raise InvalidArgument(f"node {base.name!r} is not below {top.name!r}", where=base.filename)
+    return layers[layers.index(base) - 1].children["backing"].node
 
 
 @contextmanager
@@ -239,10 +243,17 @@ def _headers(graph: Graph, wanted: dict[Node, NewHeader]) -> Iterator[None]:
 
 
 def flush_ahead(nodes: Iterable[Node]) -> None:
-    """Before requests are held back for a change that ends with a flush: then that one is short."""
+    """Before requests are held back for a change that ends with a flush: then that one is short.
+
+    Nobody is held back yet, so that others may close a node meanwhile.
+    """
     for node in nodes:
-        if not node.read_only:
-            node.flush()
+        if not node.read_only and not node.closed:
+            try:
+                node.flush()
+            except ByreError:
+                if not node.closed:
+                    raise
 
 
 def backing_edges(top: Node, base: Node | None) -> list[Child]:

@@ -6,16 +6,18 @@ everything is as before. Requests are held back meanwhile.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..catalog import driver
 from ..errors import Busy, InvalidArgument
 from ..options import convert, flatten
+from .live import quiesce
 from .node import PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED
 from .opening import COMMON_OPTIONS, FLAG_FIELDS, OpenFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from ..image import Image
     from ..options import OptionSet, OptionValues
@@ -32,33 +34,31 @@ def reopen(
 
     :param cache: (direct, no_flush, writethrough), ``None`` to leave them
     """
-    top = image.node
     changes: dict[str, object] = {}
     writethrough = image.writethrough
     if read_only is not None:
         changes["read_only"] = read_only
     if cache is not None:
         changes["direct"], changes["no_flush"], writethrough = cache
-    own, common = _split(top, options)
-    changes.update(common)
-    users = _users(image)
-    for user in users:
-        user.pause()
-    try:
-        with image.graph.lock:
-            _transaction(image, top, changes, own)
+    with _held_still(image) as top:
+        own, common = _split(top, options)
+        changes.update(common)
+        _transaction(image, top, changes, own)
         image.writethrough = writethrough
-    finally:
-        for user in users:
-            user.resume()
 
 
-def _users(image: Image) -> list[Image]:
-    """Every handle whose requests reach a node that will change, this one included."""
-    nodes = _affected(image.node)
-    graph = image.graph
-    with graph.lock:
-        return [user for user in graph.images if user is image or any(graph.reaches(user.node, node) for node in nodes)]
+@contextmanager
+def _held_still(image: Image) -> Iterator[Node]:
+    """The node of ``image``; no request reaches it, nor what it owns, and nobody else changes the graph."""
+    while True:
+        with image.graph.lock:
+            top = image.node
+            nodes = _affected(top)
+        with quiesce(image.graph, nodes):
+            if image.node is top and _affected(top) == nodes:
+                image._check_open()
+                yield top
+                return
 
 
 def _split(top: Node, options: Mapping[str, object]) -> tuple[dict[Node, dict[str, object]], dict[str, object]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ByreError
 from ..graph import chain
-from ..graph.live import Frozen, Tolerated, quiesce
+from ..graph.live import Frozen, Tolerated, quiesce, settled
 from ..graph.node import PERM_RESIZE
 from ..graph.relinking import backing_edges
 from ..graph.reopening import set_read_only
@@ -50,15 +50,16 @@ class ActiveCommitJob(MirrorJob):
         Job.__init__(self, id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         self.journal = journal
         self.options = MirrorOptions(sync="top")
-        base = chain.skip_filters(base)
-        check_base(top, base)
-        self._was_read_only = base.read_only
         self._frozen: Frozen | None = None
         self._tolerated: Tolerated | None = None
-        self._set_up(top, base, Policies(on_error, on_error), filter_name)
-        # Writes to the base would be conflicts otherwise: whoever writes the image must let others write below it.
-        self._top.alone = False
-        self._begin(base, leave=base)
+        base = chain.skip_filters(base)
+        with settled(top.graph, [top, base]):
+            check_base(top, base)
+            self._was_read_only = base.read_only
+            self._set_up(top, base, Policies(on_error, on_error), filter_name)
+            # Writes to the base would be conflicts else: whoever writes the image must let others write below it.
+            self._top.alone = False
+            self._begin(base, leave=base)
 
     def _open_target(self) -> None:
         graph, base = self._graph, self._target_node

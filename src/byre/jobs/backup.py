@@ -15,7 +15,7 @@ from ..errors import ByreError, InvalidArgument
 from ..filters.copy_before_write import ON_ERROR, CopyBeforeWriteNode, cluster_for, find_bitmap
 from ..graph import chain
 from ..graph.blockers import Blocking
-from ..graph.live import Tolerated, insert_filter, quiesce, remove_filter
+from ..graph.live import Tolerated, insert_filter, quiesce, remove_filter, settled
 from ..graph.relinking import backing_edges
 from ..image import Image
 from ..io.extent import UNALLOCATED
@@ -147,57 +147,62 @@ class BackupJob(Job):
         self._policies.check()
         if target.graph is not source.graph:
             raise InvalidArgument("source and target must be opened in the same graph", where=target.filename)
-        if chain.skip_filters(target.node) is chain.skip_filters(source.node):
+        self._graph = source.graph
+        with settled(self._graph, [source, target]) as (node, target_node), ExitStack() as undo:
+            self._check_disks(node, target_node)
+            self._bitmap = find_bitmap(node, self.options.bitmap) if self.options.bitmap else None
+            self._set_up(node, target_node, filter_name, undo)
+            self._undo = undo.pop_all()
+
+    def _check_disks(self, source: Node, target: Node) -> None:
+        if chain.skip_filters(target) is chain.skip_filters(source):
             raise InvalidArgument("source and target cannot be the same", where=target.filename)
         if source.size != target.size:
             raise InvalidArgument(
                 f"source and target image have different sizes: {source.size} and {target.size} bytes",
                 where=target.filename,
             )
-        self._graph = source.graph
-        self._cluster = cluster_for(target.node, self.options.min_cluster_size)
+        self._cluster = cluster_for(target, self.options.min_cluster_size)
         if self.options.max_chunk and self.options.max_chunk < self._cluster:
             raise InvalidArgument(f"max-chunk is {self.options.max_chunk} bytes, less than the {self._cluster} bytes "
                                   "that are copied at least")  # fmt: skip
-        self._bitmap = find_bitmap(source.node, self.options.bitmap) if self.options.bitmap else None
-        with ExitStack() as undo:
-            self._set_up(source.node, target.node, filter_name, undo)
-            self._undo = undo.pop_all()
 
     # -- beginning and end ------------------------------------------------------------------------
 
     def _set_up(self, source: Node, target: Node, filter_name: str, undo: ExitStack) -> None:
-        """Keep what is there now from being lost; ``undo`` lets go of everything, last thing first."""
+        """Keep what is there now from being lost; ``undo`` lets go of everything, last thing first.
+
+        The caller holds back the users of both.
+        """
         graph = self._graph
         occupied = check_free(graph, source, target, self.kind)
-        with quiesce(graph, [source, target]):
-            reader = Image(source, graph, read_only=not self.options.discard_source, name="the backup job")
-            undo.callback(close, reader)
-            # A target over the disk itself is a use of its backing file that writes to the disk must not break.
-            edges = backing_edges(target, source) if source in chain.layers(target) else []
-            undo.callback(Tolerated(graph, edges).release)
-            writer = Image(target, graph, read_only=False, name="the backup job")
-            undo.callback(close, writer)
-            self._reader, self._writer = reader, writer
-            self._copy = LiveCopy(reader, writer, self._settings())
-            self._filter = CopyBeforeWriteNode(
-                name=filter_name, on_error=self.options.on_cbw_error, timeout=self.options.cbw_timeout
-            )
-            self._filter.copier = self._copy_for_writer
-            self._filter.alone = not self.options.discard_source
-            self._filter.filename = source.filename
-            graph.add(self._filter)
-            undo.callback(self._remove_filter)
-            graph.attach(self._filter, "target", target, "data")
-            insert_filter(graph, self._filter, source, stay=[reader])
-            self._take_bitmap(undo)
-            self._filter.begin(self._cluster, self._bitmap if self.options.sync in ("incremental", "bitmap") else None)
-            if self.journal is not None:
-                # Before the first write: what is done must not be copied again, it may have been overwritten since.
-                self._instant.skip(self.journal.done())
-                self._filter.on_kept = self._make_durable
-            blocking = Blocking(graph, [self._filter, *occupied], "block device is in use by block job: backup")
-            undo.callback(blocking.release)
+        reader = Image(source, graph, read_only=not self.options.discard_source, name="the backup job")
+        undo.callback(close, reader)
+        # A target over the disk itself is a use of its backing file that writes to the disk must not break.
+        edges = backing_edges(target, source) if source in chain.layers(target) else []
+        undo.callback(Tolerated(graph, edges).release)
+        writer = Image(target, graph, read_only=False, name="the backup job")
+        undo.callback(close, writer)
+        self._reader, self._writer = reader, writer
+        self._copy = LiveCopy(reader, writer, self._settings())
+        self._filter = CopyBeforeWriteNode(
+            name=filter_name, on_error=self.options.on_cbw_error, timeout=self.options.cbw_timeout
+        )
+        self._filter.copier = self._copy_for_writer
+        self._filter.alone = not self.options.discard_source
+        self._filter.filename = source.filename
+        graph.add(self._filter)
+        undo.callback(self._remove_filter)
+        graph.attach(self._filter, "target", target, "data")
+        insert_filter(graph, self._filter, source, stay=[reader])
+        self._take_bitmap(undo)
+        self._filter.begin(self._cluster, self._bitmap if self.options.sync in ("incremental", "bitmap") else None)
+        if self.journal is not None:
+            # Before the first write: what is done must not be copied again, it may have been overwritten since.
+            self._instant.skip(self.journal.done())
+            self._filter.on_kept = self._make_durable
+        blocking = Blocking(graph, [self._filter, *occupied], "block device is in use by block job: backup")
+        undo.callback(blocking.release)
 
     def _settings(self) -> CopySettings:
         chunk = align_down(self.options.max_chunk or CHUNK, self._cluster) or self._cluster

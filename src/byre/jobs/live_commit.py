@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import AccessDenied, ByreError, InvalidArgument
 from ..graph import blockers, chain
-from ..graph.live import Frozen, Tolerated, quiesce
+from ..graph.live import Frozen, Tolerated, quiesce, settled
 from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, check_header, dropped, overlays_of
 from ..graph.reopening import set_read_only
 from ..image import Image
@@ -65,14 +65,15 @@ class LiveCommitJob(Job):
         self.backing_file = backing_file
         self.on_error = check_policy(on_error)
         self._graph = graph
-        _check(graph, top, base, backing_file)
-        reason = f"block device is in use by block job: {self.kind}"
-        edges = backing_edges(top, base)
-        self._blocking = blockers.Blocking(graph, chain.layers(top)[: len(edges) + 1], reason)
-        links = [*edges, *(overlay.children["backing"] for overlay in overlays_of(top))]
-        self._frozen = Frozen(graph, links, reason)
-        self._tolerated = Tolerated(graph, edges)
-        self._was_read_only = base.read_only
+        with settled(graph, [top, base]):
+            _check(graph, top, base, backing_file)
+            reason = f"block device is in use by block job: {self.kind}"
+            edges = backing_edges(top, base)
+            self._blocking = blockers.Blocking(graph, chain.layers(top)[: len(edges) + 1], reason)
+            links = [*edges, *(overlay.children["backing"] for overlay in overlays_of(top))]
+            self._frozen = Frozen(graph, links, reason)
+            self._tolerated = Tolerated(graph, edges)
+            self._was_read_only = base.read_only
         self._relinked: Relinked | None = None
         self._source: Image | None = None
         self._target: Image | None = None

@@ -16,7 +16,7 @@ from ..errors import ByreError, InvalidArgument, NotFound
 from ..filters.mirror_top import MirrorTopNode
 from ..graph import chain
 from ..graph.blockers import Blocking
-from ..graph.live import Rewiring, insert_filter, quiesce, remove_filter, replace_node
+from ..graph.live import Rewiring, insert_filter, quiesce, remove_filter, replace_node, settled
 from ..image import Image
 from ..io.extent import UNALLOCATED
 from ..units import KIB, MIB
@@ -132,15 +132,15 @@ class MirrorJob(Job):
         self.options.check()
         if target.graph is not source.graph:
             raise InvalidArgument("source and target must be opened in the same graph", where=target.filename)
-        node = source.node
-        if chain.skip_filters(target.node) is chain.skip_filters(node):
-            raise InvalidArgument("cannot mirror an image into itself", where=target.filename)
-        self._check_sizes(source, target)
-        base = None
-        if self.options.sync == "top":
-            base = next(iter(chain.layers(node)[1:]), None)
-        self._set_up(source, target.node, Policies(on_source_error, on_target_error), filter_name)
-        self._begin(base, leave=None)
+        with settled(source.graph, [source, target]) as (node, target_node):
+            if chain.skip_filters(target_node) is chain.skip_filters(node):
+                raise InvalidArgument("cannot mirror an image into itself", where=target.filename)
+            self._check_sizes(source, target)
+            base = None
+            if self.options.sync == "top":
+                base = next(iter(chain.layers(node)[1:]), None)
+            self._set_up(source, target_node, Policies(on_source_error, on_target_error), filter_name)
+            self._begin(base, leave=None)
 
     @staticmethod
     def _check_sizes(source: Image, target: Image) -> None:
@@ -191,7 +191,7 @@ class MirrorJob(Job):
         return node
 
     def _begin(self, base: Node | None, leave: Node | None) -> None:
-        """From now on writes are seen.
+        """From now on writes are seen; the caller holds back the users of both.
 
         :param base: what only it and the layers below hold is not copied at first
         :param leave: what only it and the layers below hold need never be copied
@@ -200,16 +200,15 @@ class MirrorJob(Job):
         occupied = check_free(graph, source, target, self.kind)
         self._base = base
         try:
-            with quiesce(graph, [source, target]):
-                self._read = Image(source, graph, name=f"the {self.kind} job")
-                self._open_target()
-                self._top.name = self._filter_name
-                graph.add(self._top)
-                insert_filter(graph, self._top, source, stay=[self._read])
-                if self.options.copy_mode == "write-blocking":
-                    self._write_both()
-                reason = f"block device is in use by block job: {self.kind}"
-                self._blocking = Blocking(graph, [self._top, *occupied], reason)
+            self._read = Image(source, graph, name=f"the {self.kind} job")
+            self._open_target()
+            self._top.name = self._filter_name
+            graph.add(self._top)
+            insert_filter(graph, self._top, source, stay=[self._read])
+            if self.options.copy_mode == "write-blocking":
+                self._write_both()
+            reason = f"block device is in use by block job: {self.kind}"
+            self._blocking = Blocking(graph, [self._top, *occupied], reason)
             chunk = _chunk(self.options.buffer_size or DEFAULT_BUFFER, self._top.dirty.granularity)
             settings = CopySettings(sparse=0, unmap=self.options.unmap, whole_total=False, chunk=chunk)
             self._copy = LiveCopy(self._read, self._writer, settings, base=leave)

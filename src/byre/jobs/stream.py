@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError, InvalidArgument
 from ..graph import blockers, chain
-from ..graph.live import Frozen, quiesce
+from ..graph.live import Frozen, quiesce, settled
 from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, check_header, shortened
 from ..graph.reopening import set_read_only
 from ..image import Image
@@ -61,14 +61,21 @@ class StreamJob(Job):
         super().__init__(id=id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         self.journal = journal
         self.node = node = chain.skip_filters(node)
-        self.base = _base_of(node, base, bottom)
         self.backing_file = backing_file
         self.on_error = check_policy(on_error)
         self._graph = graph
         self._failed: ByreError | None = None
         self._relinked: Relinked | None = None
-        if backing_file and self.base is None:
-            raise InvalidArgument("a backing file name is given, but no base is to remain", where=node.filename)
+        with settled(graph, [node]):
+            self.base = _base_of(node, base, bottom)
+            if backing_file and self.base is None:
+                raise InvalidArgument("a backing file name is given, but no base is to remain", where=node.filename)
+            self._was_read_only = node.read_only
+            self._take()
+
+    def _take(self) -> None:
+        """The chain is this job's from now on, as far as it works on it."""
+        graph, node = self._graph, self.node
         edges = backing_edges(node, self.base)
         worked_on = [node, *chain.layers(node)[1 : max(len(edges), 1)]]
         for layer in worked_on:
@@ -76,20 +83,15 @@ class StreamJob(Job):
         reason = f"block device is in use by block job: {self.kind}"
         self._blocking = blockers.Blocking(graph, worked_on, reason)
         self._frozen = Frozen(graph, edges, reason)
-        self._was_read_only = node.read_only
         try:
-            self._make_writable()
+            if self._was_read_only:
+                set_read_only(graph, node, False)
             header = backing_name(node, self.base)
-            check_header(node, header if backing_file is None else NewHeader(backing_file, header.format))
+            check_header(node, header if self.backing_file is None else NewHeader(self.backing_file, header.format))
             self._handle = Image(node, graph, unchanged=True, name=f"the {self.kind} job")
         except BaseException:
             self._let_go()
             raise
-
-    def _make_writable(self) -> None:
-        if self._was_read_only:
-            with quiesce(self._graph, [self.node]):
-                set_read_only(self._graph, self.node, False)
 
     def run(self, control: Control) -> None:
         node = self.node

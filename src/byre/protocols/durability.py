@@ -39,10 +39,11 @@ class FlushState:
     :param stats: of the node; they count every change before the request that made it returns
     """
 
-    __slots__ = ("_failure", "_flushed", "_lock", "_other_changes", "_stats", "_where")
+    __slots__ = ("_failure", "_fd", "_flushed", "_lock", "_other_changes", "_stats", "_where")
 
-    def __init__(self, stats: Stats, where: str) -> None:
+    def __init__(self, stats: Stats, where: str, fd: int) -> None:
         self._stats = stats
+        self._fd = fd
         self._where = where
         self._lock = threading.Lock()
         self._other_changes = 0
@@ -53,12 +54,20 @@ class FlushState:
         """Something changed that statistics do not count; called with requests that change the length held back."""
         self._other_changes += 1
 
+    def move(self, fd: int) -> None:
+        """From now on the file is open as ``fd`` (-1: closed); no flush is under way through the descriptor before.
+
+        Not every flush is a request that a change of the graph waits for: jobs flush ahead of one.
+        """
+        with self._lock:
+            self._fd = fd
+
     def _count(self) -> int:
         """Grows with every change, failed ones included."""
         done, failed = self._stats.operation_count, self._stats.failed_count
         return self._other_changes + sum(done[kind] + failed[kind] for kind in _CHANGES)
 
-    def flush(self, fd: int) -> None:
+    def flush(self) -> None:
         """:raises IOFailure: this flush failed, or one before: what was written since the last good one may be lost"""
         with self._lock:
             self._check_locked()
@@ -67,7 +76,7 @@ class FlushState:
                 return
             started = perf_counter_ns()
             try:
-                os.fdatasync(fd)
+                os.fdatasync(self._fd)
             except OSError as error:
                 # The system may have marked the pages clean: a later flush that succeeds would prove nothing.
                 self._failure = os.strerror(error.errno or errno.EIO)

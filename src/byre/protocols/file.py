@@ -110,7 +110,7 @@ class FileNode(Node):
         self._length = FileLength(descriptor.file_size(self._fd, self.is_device, self._where))
         sector = descriptor.sector_size(self._fd) if self.is_device else 0
         self._space = FileSpace(self._fd, self._length, sector)
-        self._flushes = FlushState(self.stats, self._where)
+        self._flushes = FlushState(self.stats, self._where, self._fd)
         #: Of preadv2(2), for reads that must not wait; -1 where there are none.
         self._cached_flags = getattr(os, "RWF_NOWAIT", -1)
         self._tail_fd = -1
@@ -345,7 +345,7 @@ class FileNode(Node):
     def flush(self) -> None:
         """:raises IOFailure: this flush failed, or one before: what was written since the last good one may be lost"""
         if not self.open_flags.no_flush:
-            self._flushes.flush(self._fd)
+            self._flushes.flush()
 
     def start_write_back(self) -> None:
         """A flush will come: the system may begin to write now. For copies of more than a cache should hold back."""
@@ -472,6 +472,7 @@ class FileNode(Node):
         self.read_only = token.opened.read_only
         self._direct, self.limits = token.direct, token.limits
         self._space.fd, self._space.direct = self._fd, self._direct
+        self._flushes.move(self._fd)
         descriptor.close_quietly(old)
 
     def reopen_abort(self, token: object) -> None:
@@ -482,6 +483,7 @@ class FileNode(Node):
         """:raises IOFailure: the system reports at closing that data was lost (network file systems do)"""
         self.closed = True
         fd, self._fd = self._fd, -1
+        self._flushes.move(-1)
         tail, self._tail_fd = self._tail_fd, -1
         if tail >= 0:
             descriptor.close_quietly(tail)
