@@ -351,9 +351,9 @@ class Image:
     def _resize(self, node: Node, size: int, preallocation: str) -> None:
         """Within a request, or while requests are held back: whoever blocks it has begun, or begins later."""
         if node.blockers or node.parents[1:]:
-            from .graph.blockers import check
+            from .graph.blockers import check_within
 
-            check(self.graph, node, "resize")
+            check_within(node, "resize")
         node.resize(size, preallocation=preallocation)
 
     # -- internal snapshots -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .node import Node
 
-__all__ = ["OPERATIONS", "Blocking", "check"]
+__all__ = ["OPERATIONS", "Blocking", "check", "check_within"]
 
 OPERATIONS: Final = frozenset({
     "backup-source", "backup-target", "change", "commit-source", "commit-target", "external-snapshot",
@@ -32,10 +32,15 @@ _NOT_BELOW_AN_OVERLAY: Final = frozenset({
 
 
 def check(graph: Graph, node: Node, operation: str) -> None:
-    """See whether ``operation`` may begin. Takes no lock, so that a request may ask; who holds the graph lock can rely
-    on the answer.
+    """:raises Busy: ``operation`` on ``node`` is blocked; the message says by what"""
+    with graph.lock:
+        check_within(node, operation)
 
-    :raises Busy: ``operation`` on ``node`` is blocked; the message says by what
+
+def check_within(node: Node, operation: str) -> None:
+    """As :func:`check`, for a request: whoever changes the graph may hold its lock and wait for the request's end.
+
+    :raises Busy: ``operation`` on ``node`` is blocked
     """
     if operation not in OPERATIONS:
         raise InvalidArgument(f"unknown operation {operation!r}: expected one of {', '.join(sorted(OPERATIONS))}")
