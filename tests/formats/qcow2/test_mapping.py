@@ -503,6 +503,25 @@ def test_a_broken_entry_is_not_written_through(damaged: Callable[[int, int], str
         byre.open(path, read_only=False)
 
 
+@pytest.mark.parametrize("bulk", [False, True])
+def test_a_broken_entry_that_a_read_meets_ends_writing(damaged: Callable[[int, int], str], bulk: bool) -> None:
+    path = damaged(2, 1 << 63 | 0x10200)
+    image = byre.open(path, read_only=False)
+    with pytest.raises(Corrupt, match="not aligned to a cluster"):
+        if bulk:
+            image.extents()
+        else:
+            image.read(3 * 4096, 1)
+    with pytest.raises(ByreError, match="out of service"):
+        image.write(0, b"x")
+    with pytest.raises(ByreError):
+        image.close()
+    with byre.open(path) as image:
+        assert len(image.read(0, 3 * 4096)) == 3 * 4096
+    with pytest.raises(Corrupt, match="marked corrupt"):
+        byre.open(path, read_only=False)
+
+
 SNAPSHOT_OPTIONS: list[dict[str, object]] = [
     {"cluster_size": 512},
     {"cluster_size": 16384, "extended_l2": True},

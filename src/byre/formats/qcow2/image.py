@@ -170,10 +170,18 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
     # -- lookup -----------------------------------------------------------------------------------
 
     def lookup(self, offset: int, length: int) -> list[Extent]:
-        return self.mapping.lookup(offset, length)
+        try:
+            return self.mapping.lookup(offset, length)
+        except Corrupt as error:
+            self._mark_corrupt(error)
+            raise
 
     def lookup_all(self, offset: int, length: int) -> ExtentMap:
-        return self.mapping.lookup_all(offset, length)
+        try:
+            return self.mapping.lookup_all(offset, length)
+        except Corrupt as error:
+            self._mark_corrupt(error)
+            raise
 
     def cached_host(self, offset: int, length: int) -> int:
         return self.mapping.cached_host(offset, length)
@@ -238,8 +246,8 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
             raise
 
     def _mark_corrupt(self, error: Corrupt) -> None:
-        """Metadata contradicts itself: nothing is written any more, and version 3 says so in the header."""
-        if self.failure is not None:
+        """Metadata contradicts itself: nothing is written any more, and version 3 says so in the header if it may."""
+        if self.failure is not None or self.read_only:
             return
         header = self.header
         if header.version >= 3:
