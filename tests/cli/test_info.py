@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,20 @@ def test_an_image_that_is_not_shut_down(capsys: Output) -> None:
     human = run(capsys, "info", "x")
     assert "\ncleanly shut down: no\n" in human
     assert "\n    corrupt: true\n" in human
+
+
+def test_names_of_snapshots_that_lie_at_length(capsys: Output) -> None:
+    """An image says that ids and names have 64 KiB: what is shown is as long as programs make them, up to a NUL."""
+    create("-f", "qcow2", "-o", "compat=0.10", "x", "1M")
+    fixed = struct.pack(">QIHHIIQII", 0, 0, 65535, 65535, 0, 0, 0, 0, 0)
+    with open("x", "r+b") as file:
+        file.seek(60)
+        file.write(struct.pack(">IQ", 2, 1 << 20))
+        file.seek(1 << 20)
+        for name in (b"kept\0" + b"\x01" * 65530, b"\x1b" * 65535):
+            file.write((fixed + b"\0" * 65535 + name).ljust(131112, b"\0"))
+    rows = info(capsys, "x")["snapshots"]
+    assert [(row["id"], row["name"]) for row in rows] == [("", "kept"), ("", "\x1b" * 255)]
+    human = run(capsys, "info", "x")
+    assert "\n        kept             " in human
+    assert len(human) < 4096

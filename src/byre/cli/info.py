@@ -231,15 +231,20 @@ def snapshot_rows(node: object) -> list[dict[str, Any]]:
     for snapshot in getattr(node, "snapshots", ()):
         row: dict[str, Any] = {
             "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
-            "name": snapshot.name,
+            "name": _shown(snapshot.name, 255),
             "date-sec": snapshot.date_sec,
             "date-nsec": snapshot.date_nsec,
             "vm-clock-sec": snapshot.vm_clock_nsec // 1_000_000_000,
-            "id": snapshot.id,
+            "id": _shown(snapshot.id, 127),
             "vm-state-size": snapshot.vm_state_size,
         }
         rows.append(row if snapshot.icount is None else {"icount": snapshot.icount, **row})
     return rows
+
+
+def _shown(text: str, most: int) -> str:
+    """An id or a name no longer than programs make it, and without what follows a NUL: images may lie at length."""
+    return text.partition("\0")[0][:most]
 
 
 # -- printing -------------------------------------------------------------------------------------

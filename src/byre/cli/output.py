@@ -24,7 +24,15 @@ def json_string(text: str) -> str:
     """``text`` as a JSON string in ASCII; bytes that are no text become U+FFFD."""
     if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
         return f'"{text}"'
-    return '"' + "".join(map(_escaped, text)) + '"'
+    return '"' + text.translate(_Escapes()) + '"'
+
+
+class _Escapes(dict[int, str]):
+    """What each code point becomes in JSON, found out once for a text."""
+
+    def __missing__(self, code: int) -> str:
+        shown = self[code] = _escaped(chr(code))
+        return shown
 
 
 def _escaped(character: str) -> str:
