@@ -35,6 +35,8 @@ class Wire:
         self.slept += 1
         return 1
 
+    recv_all_into = recv_into
+
     def recv_now(self, view: memoryview) -> int:
         self.looked += 1
         if self.looked % (self.looks + 1):

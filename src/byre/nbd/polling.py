@@ -44,6 +44,7 @@ class Receiver:
     def __init__(self, link: Link, polling: Polling) -> None:
         self._polling = polling
         self._wait: Callable[[memoryview], int] = link.recv_into
+        self._wait_all: Callable[[memoryview], int] = link.recv_all_into
         self._look: Callable[[memoryview], int] | None = link.recv_now if polling.nanoseconds else None
         self._quick = 0
         self._credit = 0
@@ -69,11 +70,8 @@ class Receiver:
         started = perf_counter_ns()
         until = started + polling.nanoseconds
         if self._credit:
-            while polling.last is self and perf_counter_ns() < until:
-                try:
-                    count = look(view)
-                except BlockingIOError:
-                    continue
+            count = self._poll(look, view, until)
+            if count >= 0:
                 self._credit = _CREDIT
                 return count
             self._credit -= 1
@@ -84,3 +82,21 @@ class Receiver:
         if self._quick >= _QUICK:
             self._quick, self._credit = 0, _CREDIT
         return count
+
+    def receive_rest(self, view: memoryview) -> int:
+        """The same for more of a request that was begun, as much as comes before the time limit where that is known."""
+        if self._credit and self._look is not None:
+            count = self._poll(self._look, view, perf_counter_ns() + self._polling.nanoseconds)
+            if count >= 0:
+                return count
+        return self._wait_all(view)
+
+    def _poll(self, look: Callable[[memoryview], int], view: memoryview, until: int) -> int:
+        """Bytes received, -1 if nothing came."""
+        polling = self._polling
+        while polling.last is self and perf_counter_ns() < until:
+            try:
+                return look(view)
+            except BlockingIOError:
+                continue
+        return -1

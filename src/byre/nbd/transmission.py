@@ -184,7 +184,7 @@ class Transmission:
         :param deadline: ``monotonic()`` time; 0 for the time that a request may take
         :raises ProtocolError: it took too long
         """
-        receive = self._link.recv_all_into
+        receive = self._receiver.receive_rest
         deadline = deadline or monotonic() + PAYLOAD_SECONDS
         while view:
             try:
