@@ -243,6 +243,16 @@ def test_a_file_that_is_no_journal(verb: str, resume: bool, capsys: pytest.Captu
     assert Path("other").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("verb", ["mirror", "backup"])
+def test_no_folder_for_the_journal(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is made, and what is in the place of the target stays."""
+    chain()
+    Path("target").write_bytes(b"precious")
+    assert main([verb, "--journal", "missing/journal", "top.qcow2", "target"]) == 1
+    assert capsys.readouterr().err == "byre: missing/journal: cannot make the journal: No such file or directory\n"
+    assert Path("target").read_bytes() == b"precious"
+
+
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown = chain()
     assert main(["create", "-q", "other.raw", str(SIZE)]) == 0

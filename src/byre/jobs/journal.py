@@ -129,10 +129,14 @@ class Journal:
 
     @staticmethod
     def check_absent(path: str) -> None:
-        """:raises AlreadyExists: a journal is there, of a job that was not finished; or another file"""
+        """:raises AlreadyExists: a journal is there, of a job that was not finished; or another file
+        :raises NotFound: there is no folder to make it in
+        """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not os.path.isdir(os.path.dirname(path) or "."):
+                raise from_oserror(error, "cannot make the journal", path) from None
             return
         except OSError as error:
             raise from_oserror(error, "cannot make the journal", path) from None
