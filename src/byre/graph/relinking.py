@@ -10,6 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..catalog import driver
 from ..errors import ByreError, InvalidArgument, NotSupported
 from . import blockers, chain
 from .live import Rewiring, check_unfrozen, lead_backing, quiesce, settled
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .node import Node
 
-__all__ = ["NewHeader", "Relinked", "backing_edges", "backing_name", "change_backing_file", "check_header", "cut_short",
-           "drop_intermediate", "dropped", "flush_ahead", "overlays_of", "shortened", "writable"]  # fmt: skip
+__all__ = ["NewHeader", "Relinked", "backing_edges", "backing_name", "change_backing_file", "check_header",
+           "check_recordable", "cut_short", "drop_intermediate", "dropped", "flush_ahead", "overlays_of",
+           "shortened", "writable"]  # fmt: skip
 
 
 class NewHeader(NamedTuple):
@@ -63,6 +65,12 @@ def check_header(overlay: Node, header: NewHeader) -> BackingChangeable:
     return changeable
 
 
+def check_recordable(format: str, where: str) -> None:
+    """:raises InvalidArgument: a header that names this as the format of its backing file could not be opened"""
+    if driver(format).kind == "protocol":
+        raise InvalidArgument(f"backing format {format!r} is a protocol, not a format", where=where)
+
+
 @contextmanager
 def writable(graph: Graph, node: Node) -> Iterator[None]:
     """``node`` is writable in the body, although it may be used read-only; requests are held back by the caller.
@@ -84,7 +92,10 @@ def change_backing_file(graph: Graph, node: Node, name: str, format: str = "") -
 
     :param format: left out, that of the backing file in the graph
     :raises Busy: the operation is blocked
+    :raises InvalidArgument: there is no such format
     """
+    if format:
+        check_recordable(format, node.filename)
     node = chain.skip_filters(node)
     with settled(graph, [node]):
         edge = node.children.get("backing")

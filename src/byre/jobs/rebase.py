@@ -14,6 +14,7 @@ from ..errors import ByreError, InvalidArgument, NotSupported
 from ..formats.abilities import BackingChangeable, HasCompression
 from ..graph import chain
 from ..graph.layers import identity
+from ..graph.relinking import check_recordable
 from ..image import Image
 from ..io.buffers import zero_fill
 from ..io.extent import UNALLOCATED
@@ -182,7 +183,7 @@ def check_rebase(overlay: Image, backing: NewBacking, *, compress: bool = False)
     """Everything that can be refused before a byte is written; the node whose header will change.
 
     :raises NotSupported: the format records no backing file that could be changed, or cannot compress
-    :raises InvalidArgument: a name without a format, or the reverse
+    :raises InvalidArgument: a name without a format, or the reverse; no such format
     :raises NoSpace: the name is too long
     """
     node = chain.skip_filters(overlay.node)
@@ -197,6 +198,8 @@ def check_rebase(overlay: Image, backing: NewBacking, *, compress: bool = False)
             raise NotSupported(f"driver {node.driver!r} cannot do that")
         if backing.name and not backing.format:
             raise InvalidArgument("backing format must be specified", hint="use -F")
+        if backing.format:
+            check_recordable(backing.format, overlay.filename)
         node.check_backing(backing.name, backing.format)
     except ByreError as error:
         error.message = f"could not change the backing file to '{shown}': {error.message}"
