@@ -338,9 +338,8 @@ def test_change_of_a_backing_file_name() -> None:
             change_backing_file(image.graph, layers[1], "l1")
         with pytest.raises(InvalidArgument, match="without its format"):
             change_backing_file(image.graph, layers[3], "x")
-        for format in ("qcow3", "file"):  # with that recorded, the image could not be opened again
-            with pytest.raises(InvalidArgument, match=f"'{format}'"):
-                change_backing_file(image.graph, layers[0], "l2", format)
+        with pytest.raises(InvalidArgument, match="'qcow3'"):  # recorded, it would keep the image from being opened
+            change_backing_file(image.graph, layers[0], "l2", "qcow3")
     with byre.open("l3") as image:
         assert names(image)[1] == os.path.abspath("l2")
         assert names(image)[2].endswith("/./l1")

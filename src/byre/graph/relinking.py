@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .node import Node
 
 __all__ = ["NewHeader", "Relinked", "backing_edges", "backing_name", "change_backing_file", "check_header",
-           "check_recordable", "cut_short", "drop_intermediate", "dropped", "flush_ahead", "overlays_of",
+           "cut_short", "drop_intermediate", "dropped", "flush_ahead", "overlays_of",
            "shortened", "writable"]  # fmt: skip
 
 
@@ -65,12 +65,6 @@ def check_header(overlay: Node, header: NewHeader) -> BackingChangeable:
     return changeable
 
 
-def check_recordable(format: str, where: str) -> None:
-    """:raises InvalidArgument: a header that names this as the format of its backing file could not be opened"""
-    if driver(format).kind == "protocol":
-        raise InvalidArgument(f"backing format {format!r} is a protocol, not a format", where=where)
-
-
 @contextmanager
 def writable(graph: Graph, node: Node) -> Iterator[None]:
     """``node`` is writable in the body, although it may be used read-only; requests are held back by the caller.
@@ -95,7 +89,7 @@ def change_backing_file(graph: Graph, node: Node, name: str, format: str = "") -
     :raises InvalidArgument: there is no such format
     """
     if format:
-        check_recordable(format, node.filename)
+        driver(format)
     node = chain.skip_filters(node)
     with settled(graph, [node]):
         edge = node.children.get("backing")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from ..catalog import driver
 from ..errors import ByreError, InvalidArgument, NotSupported
 from ..formats.abilities import BackingChangeable, HasCompression
 from ..graph import chain
 from ..graph.layers import identity
-from ..graph.relinking import check_recordable
 from ..image import Image
 from ..io.buffers import zero_fill
 from ..io.extent import UNALLOCATED
@@ -199,7 +199,7 @@ def check_rebase(overlay: Image, backing: NewBacking, *, compress: bool = False)
         if backing.name and not backing.format:
             raise InvalidArgument("backing format must be specified", hint="use -F")
         if backing.format:
-            check_recordable(backing.format, overlay.filename)
+            driver(backing.format)
         node.check_backing(backing.name, backing.format)
     except ByreError as error:
         error.message = f"could not change the backing file to '{shown}': {error.message}"
