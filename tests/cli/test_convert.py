@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -257,6 +258,30 @@ def test_salvage_warns_and_goes_on(here: Path, capsys: pytest.CaptureFixture[str
     expected = bytearray(data)
     expected[4608:5120] = bytes(512)
     assert (here / "b").read_bytes() == bytes(expected)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_salvage_warns_of_what_an_image_cannot_tell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only there is it taken for data: the hole around it stays one."""
+    with (here / "a").open("wb") as file:
+        file.truncate(8 << 20)
+        file.write(b"x")
+    source = BAD_SECTOR.replace("event=read_aio", "event=none").replace("sector=9", "sector=9001")
+    source += ",file.inject-error.0.iotype=block-status"
+    for options in ([], ["-p"], ["-B", "below", "-F", "raw", "-O", "qcow2"]):
+        (here / "below").write_bytes(bytes(4096))
+        assert main(["convert", "--salvage", *options, "--image-opts", source, "b"]) == 0
+        warning = capsys.readouterr().err
+        assert warning.count("error while reading block status at offset 4608512") == 1
+        assert warning.count("\n") == 1
+        assert (here / "b").stat().st_blocks * 512 < 1 << 20
+        if "-B" not in options:
+            assert digest(here / "b") == digest(here / "a")
+    assert main(["convert", "--image-opts", source, "b"]) == 1
+    assert "cannot block-status" in capsys.readouterr().err
 
 
 def test_ctrl_c_removes_the_target(here: Path) -> None:

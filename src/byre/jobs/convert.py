@@ -16,6 +16,7 @@ from ..graph import chain
 from ..graph.opening import has_protocol, resolve_backing
 from ..io.extent import COMPRESSED, DATA, UNALLOCATED
 from ..io.extent import ZERO as KIND_ZERO
+from ..units import SECTOR, align_up
 from .blockcopy import COPY, ZERO, BlockCopy, CopySettings, Segment, SourceDisk, fitted
 from .holes import split_at_holes
 from .job import Job
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ..graph.node import Node
     from ..image import Image
     from .job import Control
+
+    Salvage = Callable[[str], None] | None
 
 __all__ = [
     "ConvertJob",
@@ -97,11 +100,12 @@ class ConvertJob(Job):
     def run(self, control: Control) -> None:
         control.total = self.disk.size
         if control.measure:
-            control.total = sum(segment.length for segment in self._plan() if segment.action == COPY)
-        BlockCopy(self.disk, self.target, self.settings).run(self._plan(), control)
+            told = _tell_nobody if self.settings.salvage else None
+            control.total = sum(segment.length for segment in self._plan(told) if segment.action == COPY)
+        BlockCopy(self.disk, self.target, self.settings).run(self._plan(self.settings.salvage), control)
 
-    def _plan(self) -> Iterator[Segment]:
-        for segment in plan(self.disk, self.layout, salvage=self.settings.salvage is not None):
+    def _plan(self, salvage: Salvage) -> Iterator[Segment]:
+        for segment in plan(self.disk, self.layout, salvage=salvage):
             if segment.action == COPY or not self.settings.zero_init:
                 yield segment
 
@@ -109,10 +113,15 @@ class ConvertJob(Job):
 # -- what to do with each range -------------------------------------------------------------------
 
 
-def plan(disk: SourceDisk, layout: Layout, *, salvage: bool = False) -> Iterator[Segment]:
+def _tell_nobody(_message: str) -> None:
+    """What the planning before the copy finds, the copy will say."""
+
+
+def plan(disk: SourceDisk, layout: Layout, *, salvage: Salvage = None) -> Iterator[Segment]:
     """The ranges of ``disk`` to copy or zero, ascending, neighbours joined; what needs nothing is left out.
 
-    :param salvage: where an image cannot tell what it holds, take it for data
+    :param salvage: called with a sentence for each place where an image cannot tell what it holds, which is taken for
+        data; without it, that is an error
     """
     stride = Stride(image.node for image in disk.images)
     pending: Segment | None = None
@@ -130,7 +139,7 @@ def plan(disk: SourceDisk, layout: Layout, *, salvage: bool = False) -> Iterator
 
 
 def _window(
-    disk: SourceDisk, layout: Layout, offset: int, length: int, salvage: bool, stride: Stride
+    disk: SourceDisk, layout: Layout, offset: int, length: int, salvage: Salvage, stride: Stride
 ) -> Iterator[Segment]:
     import numpy as np
 
@@ -153,26 +162,45 @@ def _window(
 
 
 def _part(disk: SourceDisk, layout: Layout, index: int, offset: int, length: int,
-          salvage: bool) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:  # fmt: skip
+          salvage: Salvage) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:  # fmt: skip
     """(offsets on the disk, actions) of rows that cover a range of one image; the sector padding joins the last."""
     import numpy as np
 
     image = disk.images[index]
     inside = max(0, min(length, image.size - offset))
-    base = disk.starts[index]
+    rows = _rows(image, layout, offset, inside, None if salvage is None else _Salvaged(salvage, disk.starts[index]))
+    starts, actions = rows if len(rows[0]) else (np.array([offset], np.int64), np.array([COPY], np.uint8))
+    return starts + disk.starts[index], actions
+
+
+class _Salvaged(NamedTuple):
+    """:ivar tell: takes a sentence; :ivar base: where the image lies on the disk, bytes"""
+
+    tell: Callable[[str], None]
+    base: int
+
+
+def _rows(
+    image: Image, layout: Layout, offset: int, length: int, salvaged: _Salvaged | None
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """(offsets in the image, actions); in a range that the image cannot tell about, by halves down to one sector."""
+    import numpy as np
+
     try:
         if layout.over_backing:
-            starts, actions = _top_layer(image.node, offset, inside)
-        else:
-            found, in_hole = split_at_holes(image.node, image.extents(offset, inside))
-            starts, actions = found.offset, np.where(found.reads_zero() | in_hole, ZERO, COPY).astype(np.uint8)
-    except ByreError:
-        if not salvage:
+            return _top_layer(image.node, offset, length)
+        found, in_hole = split_at_holes(image.node, image.extents(offset, length))
+        return found.offset, np.where(found.reads_zero() | in_hole, ZERO, COPY).astype(np.uint8)
+    except ByreError as error:
+        if salvaged is None:
             raise
-        starts, actions = np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    if not len(starts):
-        starts, actions = np.array([offset], np.int64), np.array([COPY], np.uint8)
-    return starts + base, actions
+        if length <= SECTOR:
+            salvaged.tell(f"error while reading block status at offset {salvaged.base + offset}: {error}")
+            return np.array([offset], np.int64), np.array([COPY], np.uint8)
+    half = align_up(length // 2, SECTOR)
+    first = _rows(image, layout, offset, half, salvaged)
+    second = _rows(image, layout, offset + half, length - half, salvaged)
+    return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
 
 
 def _top_layer(top: Node, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
