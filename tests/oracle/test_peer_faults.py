@@ -175,3 +175,45 @@ def test_old_images_keep_the_snapshot(tmp_path: Path, byre: Run, qemu_img: Run, 
     qemu_img("check", tmp_path / "image")
     byre("snapshot", "-a", "s", "image")
     assert "failed" not in qemu_io("-c", "read -P 5 0 64k", tmp_path / "image").stdout
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("zero", ["write -z 16k 32k", "write -z -u 0 128k"])
+def test_going_down_a_version_keeps_the_snapshot(tmp_path: Path, byre: Run, qemu_img: Run, qemu_io: Run,
+                                                 zero: str) -> None:  # fmt: skip
+    """6: the cluster that both have was zeroed in place for the sake of the active layer."""
+    byre("create", "-q", "-f", "qcow2", "-o", "cluster_size=16k", "image", "1M")
+    byre("io", "-c", "write -P 5 0 128k", "image")
+    byre("snapshot", "-c", "s", "image")
+    qemu_io("-c", zero, tmp_path / "image")
+    before = byre("map", "--output", "json", "image").stdout
+    assert '"zero": true' in before
+    qemu_img("convert", "-O", "raw", tmp_path / "image", tmp_path / "whole")
+    byre("amend", "-o", "compat=0.10", "image")
+    qemu_img("check", tmp_path / "image")
+    byre("compare", "-F", "raw", "image", "whole")
+    byre("snapshot", "-a", "s", "image")
+    qemu_img("check", tmp_path / "image")
+    assert "failed" not in qemu_io("-c", "read -P 5 0 128k", tmp_path / "image").stdout
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("event", ["l2_update", "flush_to_disk", "cow_write"])
+@pytest.mark.parametrize("onto", ["", "other"])
+def test_a_rebase_that_fails_keeps_what_came_from_the_base(onto: str, event: str, byre: Run, qemu_img: Run,
+                                                           tmp_path: Path) -> None:  # fmt: skip
+    """8: the header was written before the tables, and a failure behind that lost the base's content."""
+    (tmp_path / "rules").write_text(FAULTY.format(event=event))
+    (tmp_path / "base").write_bytes(b"\x07" * MIB)
+    (tmp_path / "other").write_bytes(bytes(MIB))
+    byre("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-b", "base", "-F", "raw", "image")
+    byre("io", "-c", "write -P 1 64k 64k", "image")
+    qemu_img("convert", "-O", "raw", tmp_path / "image", tmp_path / "whole")
+    below = '{"driver":"blkdebug","config":"rules","image":{"driver":"file","filename":"image"}}'
+    name = f'json:{{"driver":"qcow2","file":{below}}}'
+    done = byre("rebase", "-b", onto, *(["-F", "raw"] if onto else []), name, check=False)
+    named = f'"backing-filename": "{onto}"' if onto else '"backing-filename"'
+    shown = byre("info", "--output", "json", "image").stdout
+    assert ((named in shown) == bool(onto)) == (done.returncode == 0), done.stderr
+    assert qemu_img("check", tmp_path / "image", check=False).returncode in (0, 3)
+    byre("compare", "-F", "raw", "image", "whole")
