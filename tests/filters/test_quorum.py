@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import byre
-from byre.errors import Busy, ByreError, Corrupt, InvalidArgument, IOFailure, NoSpace, NotFound
+from byre.errors import Busy, ByreError, Corrupt, InvalidArgument, IOFailure, NoSpace, NotFound, ReadOnly
 from byre.filters.faults import FaultNode
 from byre.filters.quorum import QuorumNode, Settings, add_child, remove_child
 from byre.graph.graph import Graph
@@ -365,3 +365,33 @@ def test_map_says_zero_where_all_children_do(files: list[str]) -> None:
     with byre.open({"driver": "quorum", "children": children, "vote-threshold": 2}) as image:
         rows = [(row.offset, row.kind) for row in image.extents()]
     assert rows == [(0, 1), (131_072, 0), (196_608, 1), (524_288, 0), (589_824, 1)]
+
+
+def test_an_image_opened_for_writing_is_handed_over(tmp_path: Path) -> None:
+    copies = Copies(Settings(2))
+    path = tmp_path / "fourth"
+    path.write_bytes(DATA)
+    reading = byre.open(path, format="raw", graph=copies.graph)
+    with reading, pytest.raises(ReadOnly, match="the quorum would write to it"):
+        add_child(copies.graph, copies.node, reading)
+    with byre.open(path, format="raw", graph=copies.graph, read_only=False) as handle:
+        child = add_child(copies.graph, copies.node, handle)
+        with pytest.raises(ReadOnly):
+            handle.write(0, b"x")
+        copies.image.write(10, b"to all")
+        assert handle.read(10, 6) == b"to all"
+    copies.image.flush()
+    assert path.read_bytes()[10:16] == b"to all"
+    remove_child(copies.graph, copies.node, child.name)
+    assert copies.bad == []
+
+
+def test_an_image_that_cannot_be_handed_over_stays_writable(tmp_path: Path) -> None:
+    copies = Copies(Settings(2))
+    path = tmp_path / "fourth"
+    path.write_bytes(DATA)
+    with byre.open(path, format="raw", graph=copies.graph, read_only=False) as handle:
+        with Image(handle.node, copies.graph, read_only=False), pytest.raises(Busy):
+            add_child(copies.graph, copies.node, handle)
+        assert len(copies.node.members) == 3
+        handle.write(0, b"x")

@@ -11,12 +11,12 @@ outvoted, ``QUORUM_FAILURE`` when too few agree.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast
 
-from ..errors import Busy, ByreError, InvalidArgument, IOFailure, Mismatch, NotFound
-from ..graph.live import quiesce
-from ..graph.node import PERM_READ, PERM_WRITE, PERM_WRITE_UNCHANGED, Limits, Node
+from ..errors import Busy, ByreError, InvalidArgument, IOFailure, Mismatch, NotFound, ReadOnly
+from ..graph.live import settled
+from ..graph.node import PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Limits, Node
 from ..io.extent import DATA, FUA, MAY_UNMAP, ZERO, Extent
 from ..options import Option, OptionSet
 from ..units import SECTOR
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..graph.child import Child
     from ..graph.graph import Graph
     from ..graph.opening import OpenFlags, OpenRequest
+    from ..image import Image
     from ..options import OptionValues
 
 __all__ = ["QuorumNode", "Settings", "add_child", "remove_child"]
@@ -416,22 +417,43 @@ def _sectors(offset: int, length: int) -> tuple[int, int]:
 # -- children come and go ---------------------------------------------------------------------------
 
 
-def add_child(graph: Graph, quorum: QuorumNode, node: Node) -> Child:
+def add_child(graph: Graph, quorum: QuorumNode, node: Node | Image) -> Child:
     """``node``, whose content is the caller's concern, takes part from now on; requests are held back meanwhile.
 
+    :param node: an Image stands for its node, and is a handle for reading from then on: the quorum writes
     :raises InvalidArgument: a quorum that compares two children, or a node of another length
+    :raises ReadOnly: the quorum is open for writing, the node is not
     :raises Busy: permissions conflict
     """
     if quorum.settings.blkverify:
         raise InvalidArgument("cannot add a child to a quorum in blkverify mode", where=quorum.filename)
-    with _held_back(graph, quorum):
-        if node.size != quorum.size:
-            raise InvalidArgument(f"node {node.name!r} has {node.size} bytes, the quorum {quorum.size}",
+    with _held_back(graph, quorum, node) as (_, below):
+        if below.size != quorum.size:
+            raise InvalidArgument(f"node {below.name!r} has {below.size} bytes, the quorum {quorum.size}",
                                   where=quorum.filename)  # fmt: skip
+        if below.read_only and not quorum.read_only:
+            raise ReadOnly(f"node {below.name!r} is open read-only, but the quorum would write to it",
+                           where=below.filename)  # fmt: skip
         last = max(int(edge.name.partition(".")[2]) for edge in quorum.members)
-        child = graph.attach(quorum, f"children.{last + 1}", node, "data")
+        with nullcontext() if node is below else _handed_over(graph, cast("Image", node)):
+            child = graph.attach(quorum, f"children.{last + 1}", below, "data")
         quorum.members_changed()
         return child
+
+
+@contextmanager
+def _handed_over(graph: Graph, image: Image) -> Iterator[None]:
+    """``image`` does not write any more, unless the body fails."""
+    before, root = image.read_only, image._root
+    used = root.used
+    image.read_only = True
+    graph.set_image_permissions(root, used & ~(PERM_WRITE | PERM_RESIZE), root.shared)
+    try:
+        yield
+    except BaseException:
+        image.read_only = before
+        graph.set_image_permissions(root, used, root.shared)
+        raise
 
 
 def remove_child(graph: Graph, quorum: QuorumNode, name: str) -> None:
@@ -454,11 +476,11 @@ def remove_child(graph: Graph, quorum: QuorumNode, name: str) -> None:
 
 
 @contextmanager
-def _held_back(graph: Graph, quorum: QuorumNode) -> Iterator[None]:
+def _held_back(graph: Graph, quorum: QuorumNode, *more: Node | Image) -> Iterator[list[Node]]:
     """No request is under way, neither through an Image nor from a node above; the graph lock is held."""
-    with quiesce(graph, [quorum]):
+    with settled(graph, [quorum, *more]) as nodes:
         claim = quorum._ranges.enter(*_EVERYTHING, True)
         try:
-            yield
+            yield nodes
         finally:
             quorum._ranges.leave(claim)
