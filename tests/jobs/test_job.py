@@ -207,6 +207,32 @@ def test_a_waiting_limited_job_is_cancelled_at_once() -> None:
     assert isinstance(job.error, Cancelled)
 
 
+def test_a_waiting_limited_job_is_paused_at_once_and_keeps_to_its_speed() -> None:
+    moved: list[float] = []
+
+    def script(control: Control) -> None:
+        for _ in range(2):
+            control.advance(1 << 20)
+            moved.append(monotonic())
+
+    job = Scripted(script)
+    job.set_speed(1 << 20)
+    started = monotonic()
+    job.start()
+    wait_for(job, State.RUNNING)
+    job.pause()
+    wait_for(job, State.PAUSED)
+    assert monotonic() - started < 0.7
+    job.resume()
+    assert job.join(10)
+    assert moved[-1] - started > 1.7
+
+
+def test_a_speed_below_zero_is_refused_from_the_start() -> None:
+    with pytest.raises(InvalidArgument, match="speed is -1"):
+        Job(speed=-1)
+
+
 def test_progress_has_rate_and_time_left() -> None:
     control = Control(1000)
     control.advance(100)

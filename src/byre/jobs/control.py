@@ -64,7 +64,7 @@ class Control:
         self.attention = False
         self.done = 0
         self._total = total
-        self._speed = speed
+        self._speed = _checked(speed)
         self._busy_until = 0.0
         self._pauses = 0
         self._resting = 0
@@ -118,9 +118,12 @@ class Control:
                 self._spend(count if moved is None else moved, now)
 
     def _spend(self, moved: int, now: float) -> None:
-        """Wait until ``moved`` bytes fit the speed; called with the lock held, which the waiting gives up."""
+        """Wait until ``moved`` bytes fit the speed; called with the lock held, which the waiting gives up.
+
+        Who wants the job to pause need not wait for that: what was moved too early is made up for afterwards.
+        """
         self._busy_until = max(self._busy_until, now - _SLICE) + moved / self._speed
-        while self._speed and not self._cancelled and not self._abandoned:
+        while self._speed and not self._cancelled and not self._abandoned and not self._pauses:
             delay = self._busy_until - monotonic()
             if delay <= 0:
                 return
@@ -231,8 +234,7 @@ class Control:
 
     def set_speed(self, speed: int) -> None:
         """:raises InvalidArgument: negative"""
-        if speed < 0:
-            raise InvalidArgument(f"speed is {speed}: expected bytes per second, or 0 for no limit")
+        _checked(speed)
         with self._lock:
             self._speed = speed
             self._busy_until = 0.0
@@ -272,3 +274,10 @@ class Control:
     @property
     def cancelled(self) -> bool:
         return self._cancelled
+
+
+def _checked(speed: int) -> int:
+    """:raises InvalidArgument: negative"""
+    if speed < 0:
+        raise InvalidArgument(f"speed is {speed}: expected bytes per second, or 0 for no limit")
+    return speed
