@@ -298,7 +298,10 @@ def test_convergence_is_reported() -> None:
     until(lambda: job.progress().offset > 0)
     found = job.progress()
     assert found.total >= 14 * M
-    assert job.status().dirty <= 16 * M
+    status = job.status()
+    assert status.dirty <= 16 * M
+    assert status.rate_out > 0  # already during the first sweep
+    assert status.converging
     job.set_speed(0)
     reach(job, State.READY)
     until(lambda: not job.status().dirty)

@@ -168,6 +168,7 @@ class MirrorJob(Job):
         self._top = MirrorTopNode(Bitmap(source.size, default_granularity(target, self.options)), alone=True)
         self._top.witness = self.journal
         self._rate_in = self._rate_out = 0.0
+        self._sweeping: tuple[int, int, float] | None = None
         self._small = 0
         self._primed = False
         self._in_flight = 0
@@ -325,7 +326,9 @@ class MirrorJob(Job):
         if not before:
             self._measure(0, 0, _POLL)
             return True
+        self._sweeping = before, copied, started
         whole = sweep(self._due(), self._copy_dirty, control, self._policies, chunk=self._copy.chunk)
+        self._sweeping = None
         moved = control.done - copied
         self._measure(self._top.dirty.dirty_bytes + moved - before, moved, monotonic() - started)
         self._account()
@@ -454,7 +457,16 @@ class MirrorJob(Job):
         """Figures of this moment."""
         dirty, blocking = self._left(), self._top.blocking
         mode = COPY_MODES[int(blocking)]
-        return MirrorStatus(dirty, self._rate_in, self._rate_out, mode, self._primed and blocking and not dirty)
+        return MirrorStatus(dirty, *self._rates(dirty), mode, self._primed and blocking and not dirty)
+
+    def _rates(self, dirty: int) -> tuple[float, float]:
+        """Those of the sweeps so far; of the first one, which may take hours, as far as it is."""
+        sweeping = self._sweeping
+        if sweeping is None or self._rate_out:
+            return self._rate_in, self._rate_out
+        before, copied, started = sweeping
+        moved, seconds = self.control.done - copied, max(monotonic() - started, _POLL)
+        return max(0, dirty + moved - before) / seconds, moved / seconds
 
     def progress(self) -> Progress:
         self._account()
