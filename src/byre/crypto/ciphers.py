@@ -1,8 +1,8 @@
 """Disk encryption: sectors in bulk, each with an initialization vector that follows from its number.
 
 A mode handles many sectors in one call: all blocks of a piece go through the cipher at once, and numpy does what is
-between them. Pieces are small enough for the processor's cache. Which position of a sector counts, in the guest's disk
-or in the file, is the format's affair.
+between them. Pieces are long, for each step lets go of the interpreter lock, and threads that pass it to and fro do
+less than one alone. Which position of a sector counts, in the guest's disk or in the file, is the format's affair.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ MODES: Final = ("xts", "cbc", "ecb", "ctr")
 IV_GENERATORS: Final = ("plain", "plain64", "essiv")
 
 _WORD: Final = "<u8"
-_CHAIN: Final = 256
-"""Sectors decrypted in one chain: what is read, made and mended stays in the processor's cache."""
+_PIECE: Final = 1 << 20
+"""Bytes that go through a cipher at once, at most. A thread keeps five times as much memory for them."""
+_CHAIN: Final = _PIECE // 512
+"""Sectors decrypted in one chain."""
 _GROUP: Final = 32
 """Tweaks are computed for so many blocks from one: the carry of a shift by less fits into 64 bits."""
 
@@ -206,7 +208,7 @@ class _Mode:
     :ivar piece: bytes to give at once
     """
 
-    piece = 1 << 16
+    piece = _PIECE
 
     def __init__(self, spec: CipherSpec, key: bytes, vectors: _Vectors, sector_size: int) -> None:
         self.vectors = vectors
@@ -235,10 +237,10 @@ class _Cbc(_Mode):
     """Each block is mixed with the encrypted one before it.
 
     Decryption looks backwards only, so all blocks go at once; encryption goes block by block, but through all sectors
-    of a piece at once, so that its pieces are large.
+    of a piece at once, so that its pieces are larger still.
     """
 
-    piece = 1 << 20
+    piece = 2 * _PIECE
 
     def encrypt(self, data: Bytes, numbers: Words) -> None:
         import numpy as np
