@@ -179,3 +179,23 @@ def test_sigusr1_shows_how_far_it_is(source: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "/100%)" in error
+
+
+def test_amend_leaves_a_good_image(tmp_path: Path) -> None:
+    """Going down a version, zero clusters over a backing file are written, a long time with small clusters."""
+    (tmp_path / "base").write_bytes(b"k" * (32 * MIB))
+    create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-b", "base", "-F", "raw", "image"]
+    for words in (create, ["io", "-c", "write -q -z 0 31M", "-c", "write -q -P 3 31M 1M", "image"]):
+        subprocess.run([*BYRE, *words], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    process = started(tmp_path, "amend", "-p", "-o", "compat=0.10", "image")
+    until_written(tmp_path / "image", process, blocks=(tmp_path / "image").stat().st_blocks + 4096)
+    process.send_signal(signal.SIGINT)
+    shown, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, "")
+    assert shown.endswith("\n")
+    reads = ["io", "-r", "-c", "read -P 0 0 31M", "-c", "read -P 3 31M 1M", "image"]
+    for words in (["check", "image"], reads):
+        done = subprocess.run([*BYRE, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "failed" not in done.stdout
+    assert (tmp_path / "image").read_bytes()[7] == 3
