@@ -217,3 +217,25 @@ def test_a_rebase_that_fails_keeps_what_came_from_the_base(onto: str, event: str
     assert ((named in shown) == bool(onto)) == (done.returncode == 0), done.stderr
     assert qemu_img("check", tmp_path / "image", check=False).returncode in (0, 3)
     byre("compare", "-F", "raw", "image", "whole")
+
+
+@pytest.mark.oracle
+def test_repairing_loses_no_snapshots(tmp_path: Path, byre: Run, qemu_img: Run, qemu_io: Run) -> None:
+    """qemu-img 7.2 with ``-r all`` on an image that has enabled bitmaps: the header forgets all snapshots."""
+    path = tmp_path / "image"
+    byre("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "image", "1M")
+    byre("io", "-c", "write -P 5 0 64k", "image")
+    byre("snapshot", "-c", "s", "image")
+    byre("bitmap", "--add", "image", "b")
+    data = bytearray(path.read_bytes())
+    l1 = int.from_bytes(data[40:48], "big")
+    data[l1] ^= 0x80  # the COPIED flag of the first L2 table
+    path.write_bytes(data)
+    assert "1 corruptions" in byre("check", "-r", "all", "image").stdout
+    qemu_img("check", path)
+    shown = byre("info", "--output", "json", "image").stdout
+    assert '"name": "s"' in shown
+    assert '"name": "b"' in shown
+    byre("bitmap", "--remove", "image", "b")
+    qemu_img("snapshot", "-a", "s", path)
+    assert "failed" not in qemu_io("-c", "read -P 5 0 64k", path).stdout
