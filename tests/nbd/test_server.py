@@ -588,3 +588,24 @@ class TestStopping:
             with socket.create_connection(address) as client:  # type: ignore[arg-type]
                 assert client.recv(8) == b"NBDMAGIC"
             server.stop()
+
+
+def test_an_answer_about_a_fragmented_disk_is_short(tmp_path: Path) -> None:
+    """Whatever it asks for, a client gets the status of a bounded number of extents; asking on, it gets all of them."""
+    with (
+        image_of(MemoryNode(bytes(8 << 20))) as image,
+        serving(tmp_path / "s", NbdExport(image)) as served,
+        Talk(served.path) as talk,
+    ):
+        alternating = [(512, 3), (512, 0)] * (8 << 10)
+        export = served.server.disks()[0]
+        export._contexts["base:allocation"] = lambda _image, at, _length, limit: alternating[at // 512 :][:limit]  # type: ignore[attr-defined]
+        talk.start("extended", contexts=("base:allocation",))
+        found: list[tuple[int, int]] = []
+        at = 0
+        while at < 8 << 20:
+            (extents,) = talk.status(at, (8 << 20) - at).values()
+            assert 0 < len(extents) <= 4096
+            found += extents
+            at += sum(length for length, _ in extents)
+        assert found == alternating

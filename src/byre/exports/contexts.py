@@ -13,11 +13,15 @@ from ..io.extent import UNALLOCATED, ZERO
 from ..nbd import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from ..bitmaps.bitmap import Bitmap
     from ..graph.node import Node
     from ..image import Image
+    from ..io.extentmap import ExtentMap
 
 __all__ = ["Context", "allocation", "allocation_depth", "dirty", "whole_blocks", "zero_run"]
 
@@ -53,9 +57,14 @@ def _resolve(node: Node, offset: int, length: int) -> tuple[int, int, int]:
 
 
 def _runs(
-    image: Image, offset: int, length: int, limit: int, flags_of: Callable[[int, int], int]
+    image: Image,
+    offset: int,
+    length: int,
+    limit: int,
+    flags_of: Callable[[int, int], int],
+    all_flags_of: Callable[[ExtentMap], NDArray[np.int64]],
 ) -> list[tuple[int, int]]:
-    """Extents with the flags that ``flags_of(kind, depth)`` gives; alike neighbours are one."""
+    """Extents with the flags of ``flags_of(kind, depth)``, or ``all_flags_of`` a map; alike neighbours are one."""
     runs: list[tuple[int, int]] = []
     end = offset + length
     for _ in range(_FEW):
@@ -71,10 +80,19 @@ def _runs(
         offset += step
     for start, size in chain.windows(offset, end, chain.window_size(image.node)):
         found = image.extents(start, size)
-        for step, kind, depth in zip(found.length.tolist(), found.kind.tolist(), found.depth.tolist(), strict=True):
-            if not _join(runs, step, flags_of(kind, depth), limit):
+        for step, flags in _coalesced(found.length, all_flags_of(found), limit + 1):
+            if not _join(runs, step, flags, limit):
                 return runs
     return runs
+
+
+def _coalesced(lengths: NDArray[np.int64], flags: NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:
+    """(length, flags) of the first ``limit`` runs of alike neighbours."""
+    import numpy as np
+
+    starts = np.concatenate(([0], np.flatnonzero(flags[1:] != flags[:-1]) + 1))
+    sums = np.add.reduceat(lengths, starts)
+    return zip(sums[:limit].tolist(), flags[starts[:limit]].tolist(), strict=True)
 
 
 def _join(runs: list[tuple[int, int]], length: int, flags: int, limit: int) -> bool:
@@ -90,18 +108,25 @@ def _join(runs: list[tuple[int, int]], length: int, flags: int, limit: int) -> b
 
 def allocation(image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
     """``base:allocation``: holes that read as zeroes, or data."""
-    return _runs(
-        image,
-        offset,
-        length,
-        limit,
-        lambda kind, _: wire.STATE_HOLE | wire.STATE_ZERO if kind in (ZERO, UNALLOCATED) else 0,
-    )
+    hole = wire.STATE_HOLE | wire.STATE_ZERO
+
+    def all_flags_of(found: ExtentMap) -> NDArray[np.int64]:
+        flags: NDArray[np.int64] = ((found.kind == ZERO) | (found.kind == UNALLOCATED)).astype("i8") * hole
+        return flags
+
+    return _runs(image, offset, length, limit, lambda kind, _: hole if kind in (ZERO, UNALLOCATED) else 0, all_flags_of)
 
 
 def allocation_depth(image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
     """``qemu:allocation-depth``: which layer holds a range: 1 for the active one, 0 for none."""
-    return _runs(image, offset, length, limit, lambda kind, depth: 0 if kind == UNALLOCATED else depth + 1)
+
+    def all_flags_of(found: ExtentMap) -> NDArray[np.int64]:
+        flags: NDArray[np.int64] = (found.depth.astype("i8") + 1) * (found.kind != UNALLOCATED)
+        return flags
+
+    return _runs(
+        image, offset, length, limit, lambda kind, depth: 0 if kind == UNALLOCATED else depth + 1, all_flags_of
+    )
 
 
 def dirty(bitmap: Bitmap) -> Context:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "Task"]
 
-MAX_EXTENTS: Final = 1 << 17
-"""In one answer to block status, over all its contexts; about a MiB."""
+MAX_EXTENTS: Final = 1 << 12
+"""In one answer to block status, over all its contexts: many clients may ask for many at once."""
 MAX_CACHE: Final = 256 << 20
 """Bytes that one request to cache brings into memory; it is a hint, and no more is done about it."""
 
