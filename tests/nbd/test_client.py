@@ -262,13 +262,15 @@ def test_a_server_that_is_not_what_was_meant(tmp_path: Path, keys: Keys) -> None
     from support.nbd_servers import scripted
 
     def after_starttls(sock) -> None:  # type: ignore[no-untyped-def]
-        from byre.nbd import wire
+        from byre.nbd import handshake
         from support.nbd_servers import take
 
         sock.sendall(b"NBDMAGICIHAVEOPT\0\3")
         take(sock, 20)
         # Words in the clear behind the acknowledgement are no TLS, and nothing of them counts.
-        sock.sendall(wire.encode_option_reply(wire.OPT_STARTTLS, wire.REP_ACK) + b"GO ahead, no need for TLS")
+        sock.sendall(
+            handshake.encode_option_reply(handshake.OPT_STARTTLS, handshake.REP_ACK) + b"GO ahead, no need for TLS"
+        )
         sock.recv(1000)
 
     with scripted(tmp_path, after_starttls) as server, pytest.raises(ProtocolError, match="TLS"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from byre.errors import AccessDenied, ByreError, InvalidArgument, NotFound, NotSupported, ProtocolError
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from byre.nbd.client_negotiation import (
     EXPORT_LIMIT,
     ClientNegotiation,
@@ -156,18 +156,19 @@ def play(client: ClientNegotiation, data: bytes) -> ClientNegotiation:
 
 
 def reply(option: int, kind: int, data: bytes = b"") -> bytes:
-    return wire.encode_option_reply(option, kind, data)
+    return handshake.encode_option_reply(option, kind, data)
 
 
 UNSUPPORTED = b"".join(
-    reply(option, wire.REP_ERR_UNSUP) for option in (wire.OPT_EXTENDED_HEADERS, wire.OPT_STRUCTURED_REPLY)
+    reply(option, handshake.REP_ERR_UNSUP)
+    for option in (handshake.OPT_EXTENDED_HEADERS, handshake.OPT_STRUCTURED_REPLY)
 )
-INFO = reply(wire.OPT_GO, wire.REP_INFO, wire.encode_export_info(wire.ExportInfo(4096, FLAGS)))
-ACK = reply(wire.OPT_GO, wire.REP_ACK)
+INFO = reply(handshake.OPT_GO, handshake.REP_INFO, handshake.encode_export_info(handshake.ExportInfo(4096, FLAGS)))
+ACK = reply(handshake.OPT_GO, handshake.REP_ACK)
 
 
 def test_oldstyle_servers() -> None:
-    data = b"NBDMAGIC" + wire.OLDSTYLE_MAGIC.to_bytes(8, "big") + struct.pack(">QI", 8 << 30, 0) + bytes(124)
+    data = b"NBDMAGIC" + handshake.OLDSTYLE_MAGIC.to_bytes(8, "big") + struct.pack(">QI", 8 << 30, 0) + bytes(124)
     found = play(choose_export(Wishes()), data).result
     assert isinstance(found, Negotiated)
     assert (found.size, found.mode) == (8 << 30, "oldstyle")
@@ -183,12 +184,12 @@ def test_oldstyle_servers() -> None:
 @pytest.mark.parametrize("zeroes", [True, False])
 def test_servers_that_know_only_export_name(zeroes: bool) -> None:
     answer = struct.pack(">QH", 4096, FLAGS) + (bytes(124) if zeroes else b"")
-    flags = 0 if zeroes else wire.FLAG_NO_ZEROES
+    flags = 0 if zeroes else handshake.FLAG_NO_ZEROES
     start = b"NBDMAGICIHAVEOPT"
     for data in (
         start + struct.pack(">H", flags) + answer,
-        start + struct.pack(">H", flags | wire.FLAG_FIXED_NEWSTYLE) + UNSUPPORTED
-        + reply(wire.OPT_GO, wire.REP_ERR_UNSUP) + answer,
+        start + struct.pack(">H", flags | handshake.FLAG_FIXED_NEWSTYLE) + UNSUPPORTED
+        + reply(handshake.OPT_GO, handshake.REP_ERR_UNSUP) + answer,
     ):  # fmt: skip
         found = play(choose_export(Wishes("x")), data).result
         assert isinstance(found, Negotiated)
@@ -202,7 +203,7 @@ def test_servers_that_know_only_export_name(zeroes: bool) -> None:
 
 
 def info(data: bytes) -> bytes:
-    return reply(wire.OPT_GO, wire.REP_INFO, data)
+    return reply(handshake.OPT_GO, handshake.REP_INFO, data)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +212,10 @@ def info(data: bytes) -> bytes:
         (b"HTTP/1.1 400 Bad", "no NBD server"),
         (b"NBDMAGIC12345678", "unknown kind"),
         (NEWSTYLE + b"x" * 20, "option reply begins"),
-        (NEWSTYLE + reply(wire.OPT_LIST, wire.REP_ACK), "reply to option 3"),
-        (NEWSTYLE + reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK, b"x"), "has data"),
-        (NEWSTYLE + reply(wire.OPT_EXTENDED_HEADERS, wire.REP_SERVER), "unexpected reply"),
-        (NEWSTYLE + reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP, bytes(70_000)), "allowed are"),
+        (NEWSTYLE + reply(handshake.OPT_LIST, handshake.REP_ACK), "reply to option 3"),
+        (NEWSTYLE + reply(handshake.OPT_EXTENDED_HEADERS, handshake.REP_ACK, b"x"), "has data"),
+        (NEWSTYLE + reply(handshake.OPT_EXTENDED_HEADERS, handshake.REP_SERVER), "unexpected reply"),
+        (NEWSTYLE + reply(handshake.OPT_EXTENDED_HEADERS, handshake.REP_ERR_UNSUP, bytes(70_000)), "allowed are"),
         (NEWSTYLE + UNSUPPORTED + ACK, "without export information"),
         (NEWSTYLE + UNSUPPORTED + INFO * 400, "more than"),
         (NEWSTYLE + UNSUPPORTED + info(b"\0"), "unexpected reply"),
@@ -222,7 +223,7 @@ def info(data: bytes) -> bytes:
         (NEWSTYLE + UNSUPPORTED + info(struct.pack(">HIII", 3, 3, 4096, 8192)), "power of two"),
         (NEWSTYLE + UNSUPPORTED + info(struct.pack(">HIII", 3, 8192, 8192, 8192)) + INFO + ACK, "no multiple"),
         (NEWSTYLE + UNSUPPORTED + info(struct.pack(">HQH", 0, 1 << 63, 1)) + ACK, "size of"),
-        (NEWSTYLE + UNSUPPORTED + reply(wire.OPT_GO, wire.REP_ERR_SHUTDOWN, b"bye\x1b"), "shutting down"),
+        (NEWSTYLE + UNSUPPORTED + reply(handshake.OPT_GO, handshake.REP_ERR_SHUTDOWN, b"bye\x1b"), "shutting down"),
     ],
 )  # fmt: skip
 def test_what_breaks_the_protocol(data: bytes, why: str) -> None:
@@ -232,10 +233,11 @@ def test_what_breaks_the_protocol(data: bytes, why: str) -> None:
 
 
 def meta(*granted: tuple[int, str]) -> bytes:
-    start = NEWSTYLE + reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK)
-    option = wire.OPT_SET_META_CONTEXT
+    start = NEWSTYLE + reply(handshake.OPT_EXTENDED_HEADERS, handshake.REP_ACK)
+    option = handshake.OPT_SET_META_CONTEXT
     return start + b"".join(
-        reply(option, wire.REP_META_CONTEXT, wire.encode_meta_context(number, name)) for number, name in granted
+        reply(option, handshake.REP_META_CONTEXT, handshake.encode_meta_context(number, name))
+        for number, name in granted
     )
 
 
@@ -248,20 +250,20 @@ def test_contexts_nobody_asked_for(data: bytes) -> None:
 
 
 def test_lists_without_end() -> None:
-    entry = reply(wire.OPT_LIST, wire.REP_SERVER, wire.encode_server_entry("x"))
+    entry = reply(handshake.OPT_LIST, handshake.REP_SERVER, handshake.encode_server_entry("x"))
     with pytest.raises(ProtocolError, match="more than"):
         play(list_all(Wishes()), NEWSTYLE + UNSUPPORTED + entry * (EXPORT_LIMIT + 1))
-    long = reply(wire.OPT_LIST, wire.REP_SERVER, wire.encode_server_entry("x" * 4096, "d" * 50_000))
+    long = reply(handshake.OPT_LIST, handshake.REP_SERVER, handshake.encode_server_entry("x" * 4096, "d" * 50_000))
     with pytest.raises(ProtocolError, match="more than"):
         play(list_all(Wishes()), NEWSTYLE + UNSUPPORTED + long * 400)
 
 
-_kinds = st.sampled_from((wire.REP_ACK, wire.REP_INFO, wire.REP_SERVER, wire.REP_META_CONTEXT, wire.REP_ERR_UNSUP,
-                          wire.REP_ERR_POLICY, wire.REP_ERR_INVALID, 77))  # fmt: skip
+_kinds = st.sampled_from((handshake.REP_ACK, handshake.REP_INFO, handshake.REP_SERVER,
+                          handshake.REP_META_CONTEXT, handshake.REP_ERR_UNSUP, handshake.REP_ERR_POLICY, handshake.REP_ERR_INVALID, 77))  # fmt: skip
 _payloads = st.one_of(
-    st.just(b""), st.binary(max_size=40), st.just(wire.encode_export_info(wire.ExportInfo(1024, 1))),
-    st.just(wire.encode_meta_context(1, "base:allocation")), st.just(wire.encode_server_entry("a", "b")),
-    st.just(wire.encode_block_sizes(1, 4096, 1 << 20)),
+    st.just(b""), st.binary(max_size=40), st.just(handshake.encode_export_info(handshake.ExportInfo(1024, 1))),
+    st.just(handshake.encode_meta_context(1, "base:allocation")), st.just(handshake.encode_server_entry("a", "b")),
+    st.just(handshake.encode_block_sizes(1, 4096, 1 << 20)),
 )  # fmt: skip
 
 
@@ -283,8 +285,8 @@ def test_any_server_ends_in_a_result_or_an_error(
             if client.wanted == 0:
                 client.tls_started()
                 continue
-            if (len(sent) >= 16 and sent[:8] == wire.OPTION_MAGIC) or sent[4:12] == wire.OPTION_MAGIC:
-                at = 0 if sent[:8] == wire.OPTION_MAGIC else 4
+            if (len(sent) >= 16 and sent[:8] == handshake.OPTION_MAGIC) or sent[4:12] == handshake.OPTION_MAGIC:
+                at = 0 if sent[:8] == handshake.OPTION_MAGIC else 4
                 option = int.from_bytes(sent[at + 8 : at + 12], "big")
                 for kind, data in left[:4]:
                     stream += reply(option, kind, data)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from byre.graph.creating import create
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from support.nbd_talk import Talk, in_thread, listens, wait_until
 
 SIZE = 64 << 20
@@ -139,7 +139,7 @@ def half_a_handshake(path: Path, stop: threading.Event) -> None:
     while not stop.wait(0.02):
         with connected(path) as talk:
             talk.greet()
-            data = wire.encode_option(wire.OPT_GO, bytes(chooser.choice((6, 4000, 60_000))))
+            data = handshake.encode_option(handshake.OPT_GO, bytes(chooser.choice((6, 4000, 60_000))))
             talk.send(data[: chooser.randrange(len(data))])
             stop.wait(chooser.choice((0, 0.3)))
 
@@ -151,7 +151,7 @@ def ask_for_lists(path: Path, stop: threading.Event) -> None:
             talk.greet()
             try:
                 while not stop.is_set():
-                    talk.send(wire.encode_option(wire.OPT_LIST) * 200)
+                    talk.send(handshake.encode_option(handshake.OPT_LIST) * 200)
             except TimeoutError:
                 pass
 

@@ -16,8 +16,8 @@ import pytest
 
 import byre
 from byre.exports.nbd import NbdExport
+from byre.nbd import handshake, transmission, wire
 from byre.nbd import server as server_module
-from byre.nbd import transmission, wire
 from byre.nbd.connection import Settings
 from byre.protocols.memory import MemoryNode
 from support.nbd_talk import GREETING, Served, Talk, image_of, in_thread, named, queries, serving, wait_until
@@ -101,18 +101,18 @@ def http(talk: Talk) -> None:
 
 def huge_option(talk: Talk) -> None:
     talk.greet()
-    talk.send(struct.pack(">8sII", wire.OPTION_MAGIC, wire.OPT_GO, 0xFFFFFFFF) + bytes(1000))
+    talk.send(struct.pack(">8sII", handshake.OPTION_MAGIC, handshake.OPT_GO, 0xFFFFFFFF) + bytes(1000))
 
 
 def unfinished_option(talk: Talk) -> None:
     talk.greet()
-    talk.send(struct.pack(">8sII", wire.OPTION_MAGIC, wire.OPT_GO, 4000) + bytes(10))
+    talk.send(struct.pack(">8sII", handshake.OPTION_MAGIC, handshake.OPT_GO, 4000) + bytes(10))
 
 
 def drip(talk: Talk) -> None:
     """A byte now and then does not buy more time."""
     talk.receive(18)
-    stream = GREETING + wire.encode_option(wire.OPT_LIST) * 100
+    stream = GREETING + handshake.encode_option(handshake.OPT_LIST) * 100
     for byte in stream:
         try:
             talk.send(bytes([byte]))
@@ -124,7 +124,7 @@ def drip(talk: Talk) -> None:
 def options_without_end(talk: Talk) -> None:
     """Never reads what is answered."""
     talk.greet()
-    lists = wire.encode_option(wire.OPT_LIST) * 500
+    lists = handshake.encode_option(handshake.OPT_LIST) * 500
     try:
         while True:
             talk.send(lists)
@@ -194,7 +194,7 @@ def test_the_limits_are_those_of_the_document() -> None:
     assert transmission.MAX_REQUESTS == 16
     assert server_module.CLIENT_MEMORY == 64 << 20
     assert server_module.TOTAL_MEMORY == 256 << 20
-    assert (wire.MAX_OPTION, wire.MAX_PAYLOAD, wire.MAX_STRING) == (64 << 10, 32 << 20, 4096)
+    assert (handshake.MAX_OPTION, wire.MAX_PAYLOAD, wire.MAX_STRING) == (64 << 10, 32 << 20, 4096)
 
 
 def test_who_asks_for_much_and_takes_nothing(served: Served) -> None:
@@ -407,21 +407,22 @@ def test_malformed_options_that_leave_the_connection_usable(served: Served) -> N
     with Talk(served.path) as talk:
         talk.greet()
         for option in (
-            wire.OPT_GO,
-            wire.OPT_INFO,
-            wire.OPT_SET_META_CONTEXT,
-            wire.OPT_LIST,
-            wire.OPT_STARTTLS,
+            handshake.OPT_GO,
+            handshake.OPT_INFO,
+            handshake.OPT_SET_META_CONTEXT,
+            handshake.OPT_LIST,
+            handshake.OPT_STARTTLS,
             0,
             1 << 31,
         ):
             for data in (b"\xff" * 8, b"\0" * 4096, b"x"):
-                assert talk.option(option, data)[-1][0] & wire.REP_FLAG_ERROR
-        assert talk.option(wire.OPT_STRUCTURED_REPLY)[-1][0] == wire.REP_ACK
+                assert talk.option(option, data)[-1][0] & handshake.REP_FLAG_ERROR
+        assert talk.option(handshake.OPT_STRUCTURED_REPLY)[-1][0] == handshake.REP_ACK
         assert (
-            talk.option(wire.OPT_SET_META_CONTEXT, queries("", *("x" * 20 for _ in range(2000))))[-1][0] == wire.REP_ACK
+            talk.option(handshake.OPT_SET_META_CONTEXT, queries("", *("x" * 20 for _ in range(2000))))[-1][0]
+            == handshake.REP_ACK
         )
-        assert talk.option(wire.OPT_GO, named(""))[-1][0] == wire.REP_ACK
+        assert talk.option(handshake.OPT_GO, named(""))[-1][0] == handshake.REP_ACK
 
 
 def test_random_bytes_behind_a_good_handshake(served: Served) -> None:

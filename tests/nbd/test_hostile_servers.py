@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from byre.errors import ByreError, IOFailure
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from byre.nbd.client import Connection
 from byre.nbd.client_negotiation import Negotiated, Wishes
 from byre.nbd.request import Request
@@ -72,9 +72,9 @@ def dripping(sock: socket.socket) -> None:
 
 def informing(sock: socket.socket) -> None:
     def without_end(sock: socket.socket, option: int, _data: bytes) -> bool:
-        while option in (wire.OPT_GO, wire.OPT_LIST):
-            kind = wire.REP_INFO if option == wire.OPT_GO else wire.REP_SERVER
-            sock.sendall(wire.encode_option_reply(option, kind, b"\0\0\0\1x") * 100)
+        while option in (handshake.OPT_GO, handshake.OPT_LIST):
+            kind = handshake.REP_INFO if option == handshake.OPT_GO else handshake.REP_SERVER
+            sock.sendall(handshake.encode_option_reply(option, kind, b"\0\0\0\1x") * 100)
         return False
 
     greet(sock, on_option=without_end)

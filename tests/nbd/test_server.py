@@ -16,7 +16,7 @@ import byre
 from byre.errors import AlreadyExists, Busy, IOFailure, NotFound
 from byre.exports.nbd import NbdExport
 from byre.graph.creating import create
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from byre.nbd.server import Server
 from byre.protocols.memory import PAGE, MemoryNode
 from support.nbd_talk import Reply, Served, Talk, assembled, image_of, in_thread, serving, wait_until
@@ -401,7 +401,9 @@ class TestClients:
                     assert talk.read(0, 4) == b"bbbb"
                 with Talk(served.path) as talk:
                     talk.greet()
-                    listed = [wire.decode_server_entry(data) for kind, data in talk.option(wire.OPT_LIST)[:-1]]
+                    listed = [
+                        handshake.decode_server_entry(data) for kind, data in talk.option(handshake.OPT_LIST)[:-1]
+                    ]
                     assert listed == [("one", "first"), ("two", "")]
                 with pytest.raises(AlreadyExists):
                     served.server.add(NbdExport(first, "one"))
@@ -424,8 +426,8 @@ class TestClients:
                 assert not first.flags & wire.TRANSMISSION_MULTI_CONN
                 with Talk(served.path) as second:
                     second.greet()
-                    kind = second.option(wire.OPT_GO, b"\0\0\0\0\0\0")[-1][0]
-                    assert kind == wire.REP_ERR_POLICY
+                    kind = second.option(handshake.OPT_GO, b"\0\0\0\0\0\0")[-1][0]
+                    assert kind == handshake.REP_ERR_POLICY
             wait_until(lambda: served.server.connection_count == 0)
             with Talk(served.path) as third:
                 third.start()

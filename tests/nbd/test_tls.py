@@ -18,7 +18,7 @@ import pytest
 
 from byre.errors import AccessDenied, ByreError, InvalidArgument, NotSupported, ProtocolError
 from byre.exports.nbd import NbdExport
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from byre.nbd.authorization import Authorization
 from byre.nbd.connection import Settings
 from byre.nbd.tls import Credentials, TlsStream, client_context, distinguished_name, server_context
@@ -73,7 +73,7 @@ class Secure(Talk):
     def __init__(self, path: Path, context: ssl.SSLContext, name: str = "localhost") -> None:
         super().__init__(path)
         super().greet()
-        assert self.option(wire.OPT_STARTTLS) == [(wire.REP_ACK, b"")]
+        assert self.option(handshake.OPT_STARTTLS) == [(handshake.REP_ACK, b"")]
         self.stream = TlsStream(self.socket, context, server_side=False, server_hostname=name)
         self.stream.handshake()
         self._secure = True
@@ -132,9 +132,9 @@ class TestServing:
     def test_nothing_in_the_clear(self, served: Served) -> None:
         with Talk(served.path) as talk:
             talk.greet()
-            for option in (wire.OPT_LIST, wire.OPT_GO, wire.OPT_INFO, wire.OPT_STRUCTURED_REPLY):
-                assert talk.option(option, named(""))[-1][0] == wire.REP_ERR_TLS_REQD
-            talk.send(wire.encode_option(wire.OPT_EXPORT_NAME))
+            for option in (handshake.OPT_LIST, handshake.OPT_GO, handshake.OPT_INFO, handshake.OPT_STRUCTURED_REPLY):
+                assert talk.option(option, named(""))[-1][0] == handshake.REP_ERR_TLS_REQD
+            talk.send(handshake.encode_option(handshake.OPT_EXPORT_NAME))
             assert talk.ended()
 
     def test_optional_tls(self, folders: dict[str, Path], exports: NbdExport, tmp_path: Path) -> None:
@@ -148,16 +148,18 @@ class TestServing:
         """An option that somebody slipped in behind STARTTLS is dropped, or breaks the TLS handshake."""
         with Talk(served.path) as talk:
             talk.receive(18)
-            talk.send(GREETING + wire.encode_option(wire.OPT_STARTTLS) + wire.encode_option(wire.OPT_LIST))
-            assert talk.option_replies() == [(wire.REP_ACK, b"")]
+            talk.send(
+                GREETING + handshake.encode_option(handshake.OPT_STARTTLS) + handshake.encode_option(handshake.OPT_LIST)
+            )
+            assert talk.option_replies() == [(handshake.REP_ACK, b"")]
             stream = TlsStream(
                 talk.socket, client_side(folders["client"]), server_side=False, server_hostname="localhost"
             )
             stream.handshake()
-            stream.send_all((wire.encode_option(wire.OPT_ABORT),))
+            stream.send_all((handshake.encode_option(handshake.OPT_ABORT),))
             view = memoryview(bytearray(100))
             count = stream.recv_into(view)
-            assert wire.decode_option_reply(bytes(view[:20])).option == wire.OPT_ABORT
+            assert handshake.decode_option_reply(bytes(view[:20])).option == handshake.OPT_ABORT
             assert count == 20
 
     def test_strangers_are_refused(self, served: Served, folders: dict[str, Path]) -> None:
@@ -207,14 +209,14 @@ class TestServing:
     def test_a_handshake_that_stalls_ends(self, served: Served) -> None:
         with Talk(served.path) as talk:
             talk.greet()
-            talk.option(wire.OPT_STARTTLS)
+            talk.option(handshake.OPT_STARTTLS)
             talk.send(b"\x16\x03\x01")
             assert talk.ended()
 
     def test_garbage_instead_of_tls(self, served: Served) -> None:
         with Talk(served.path) as talk:
             talk.greet()
-            talk.option(wire.OPT_STARTTLS)
+            talk.option(handshake.OPT_STARTTLS)
             talk.send(os.urandom(2000))
             assert talk.ended()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from conftest import peer_program
 
 FLAGS = (
@@ -184,27 +184,27 @@ def greet(
         data = take(sock, length)
 
         def reply(kind: int, payload: bytes = b"", option: int = option) -> None:
-            sock.sendall(wire.encode_option_reply(option, kind, payload))
+            sock.sendall(handshake.encode_option_reply(option, kind, payload))
 
         if on_option is not None and on_option(sock, option, data):
             continue
-        if option == wire.OPT_GO:
+        if option == handshake.OPT_GO:
             if block_sizes:
-                reply(wire.REP_INFO, wire.encode_block_sizes(*block_sizes))
-            reply(wire.REP_INFO, wire.encode_export_info(wire.ExportInfo(size, flags)))
-            reply(wire.REP_ACK)
+                reply(handshake.REP_INFO, handshake.encode_block_sizes(*block_sizes))
+            reply(handshake.REP_INFO, handshake.encode_export_info(handshake.ExportInfo(size, flags)))
+            reply(handshake.REP_ACK)
             return
-        if (option == wire.OPT_EXTENDED_HEADERS and mode == "extended") or (
-            option == wire.OPT_STRUCTURED_REPLY and mode == "structured"
+        if (option == handshake.OPT_EXTENDED_HEADERS and mode == "extended") or (
+            option == handshake.OPT_STRUCTURED_REPLY and mode == "structured"
         ):
-            reply(wire.REP_ACK)
-        elif option == wire.OPT_SET_META_CONTEXT:
+            reply(handshake.REP_ACK)
+        elif option == handshake.OPT_SET_META_CONTEXT:
             for number, context in enumerate(contexts, 7):
                 if context.encode() in data:
-                    reply(wire.REP_META_CONTEXT, wire.encode_meta_context(number, context))
-            reply(wire.REP_ACK)
+                    reply(handshake.REP_META_CONTEXT, handshake.encode_meta_context(number, context))
+            reply(handshake.REP_ACK)
         else:
-            reply(wire.REP_ERR_UNSUP, b"no such option")
+            reply(handshake.REP_ERR_UNSUP, b"no such option")
 
 
 def requests(sock: socket.socket, *, extended: bool = False) -> Iterator[tuple[wire.Request, bytes]]:

@@ -15,12 +15,12 @@ import byre
 from byre.exports.nbd import NbdExport
 from byre.graph.graph import Graph
 from byre.graph.node import Node
-from byre.nbd import wire
+from byre.nbd import handshake, wire
 from byre.nbd.connection import Settings
 from byre.nbd.server import Server
 from byre.nbd.wire import Chunk, Request
 
-GREETING = struct.pack(">I", wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
+GREETING = struct.pack(">I", handshake.FLAG_FIXED_NEWSTYLE | handshake.FLAG_NO_ZEROES)
 
 
 def image_of(node: Node, *, read_only: bool = False) -> byre.Image:
@@ -109,20 +109,20 @@ class Talk:
     # -- handshake --------------------------------------------------------------------------------
 
     def greet(self) -> None:
-        assert self.receive(18)[:16] == wire.INIT_MAGIC + wire.OPTION_MAGIC
+        assert self.receive(18)[:16] == handshake.INIT_MAGIC + handshake.OPTION_MAGIC
         self.send(GREETING)
 
     def option(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """(kind, data) of the replies, up to the one that is final."""
-        self.send(wire.encode_option(option, data))
+        self.send(handshake.encode_option(option, data))
         return self.option_replies()
 
     def option_replies(self) -> list[tuple[int, bytes]]:
         replies = []
         while True:
-            reply = wire.decode_option_reply(self.receive(wire.OPTION_REPLY_SIZE))
+            reply = handshake.decode_option_reply(self.receive(handshake.OPTION_REPLY_SIZE))
             replies.append((reply.kind, self.receive(reply.length)))
-            if reply.kind == wire.REP_ACK or reply.kind & wire.REP_FLAG_ERROR:
+            if reply.kind == handshake.REP_ACK or reply.kind & handshake.REP_FLAG_ERROR:
                 return replies
 
     def start(self, mode: str = "structured", name: str = "", contexts: tuple[str, ...] = ()) -> Talk:
@@ -130,14 +130,14 @@ class Talk:
         self.greet()
         self.mode = mode
         if mode != "simple":
-            option = wire.OPT_STRUCTURED_REPLY if mode == "structured" else wire.OPT_EXTENDED_HEADERS
-            assert self.option(option) == [(wire.REP_ACK, b"")]
+            option = handshake.OPT_STRUCTURED_REPLY if mode == "structured" else handshake.OPT_EXTENDED_HEADERS
+            assert self.option(option) == [(handshake.REP_ACK, b"")]
         if contexts:
-            assert self.option(wire.OPT_SET_META_CONTEXT, queries(name, *contexts))[-1][0] == wire.REP_ACK
-        replies = self.option(wire.OPT_GO, named(name))
-        assert replies[-1][0] == wire.REP_ACK, replies
-        info = next(data for kind, data in replies if kind == wire.REP_INFO and data[:2] == b"\0\0")
-        self.size, self.flags = wire.decode_export_info(info)
+            assert self.option(handshake.OPT_SET_META_CONTEXT, queries(name, *contexts))[-1][0] == handshake.REP_ACK
+        replies = self.option(handshake.OPT_GO, named(name))
+        assert replies[-1][0] == handshake.REP_ACK, replies
+        info = next(data for kind, data in replies if kind == handshake.REP_INFO and data[:2] == b"\0\0")
+        self.size, self.flags = handshake.decode_export_info(info)
         return self
 
     # -- transmission -----------------------------------------------------------------------------

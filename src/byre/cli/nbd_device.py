@@ -14,7 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from ..errors import ByreError, InvalidArgument, NotSupported, from_oserror, printable
-from ..nbd import wire
+from ..nbd import handshake
 
 if TYPE_CHECKING:
     from ..exports.nbd import NbdExport
@@ -104,26 +104,26 @@ class Device:
         self._netlink.close()
 
 
-def _shake_hands(sock: socket.socket, name: str) -> wire.ExportInfo:
+def _shake_hands(sock: socket.socket, name: str) -> handshake.ExportInfo:
     """The client's side of the handshake with our own server, for a kernel that knows the transmission phase only."""
     sock.settimeout(10)
     raw = name.encode()
-    hello = struct.pack(">I", wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
+    hello = struct.pack(">I", handshake.FLAG_FIXED_NEWSTYLE | handshake.FLAG_NO_ZEROES)
     data = struct.pack(">I", len(raw)) + raw + struct.pack(">H", 0)
     try:
         _exactly(sock, 18)
-        sock.sendall(hello + wire.encode_option(wire.OPT_GO, data))
+        sock.sendall(hello + handshake.encode_option(handshake.OPT_GO, data))
         info = None
         while True:
-            reply = wire.decode_option_reply(_exactly(sock, wire.OPTION_REPLY_SIZE))
+            reply = handshake.decode_option_reply(_exactly(sock, handshake.OPTION_REPLY_SIZE))
             payload = _exactly(sock, reply.length)
-            if reply.kind == wire.REP_ACK and info is not None:
+            if reply.kind == handshake.REP_ACK and info is not None:
                 sock.settimeout(None)
                 return info
-            if reply.kind != wire.REP_INFO:
+            if reply.kind != handshake.REP_INFO:
                 raise ByreError(f"the server refused: {payload.decode(errors='replace')}")
-            if int.from_bytes(payload[:2], "big") == wire.INFO_EXPORT:
-                info = wire.decode_export_info(payload)
+            if int.from_bytes(payload[:2], "big") == handshake.INFO_EXPORT:
+                info = handshake.decode_export_info(payload)
     except OSError as error:
         raise from_oserror(error, "cannot reach the server", "the kernel's socket") from None
 

@@ -13,7 +13,7 @@ import struct
 
 from ..errors import AccessDenied, ByreError, InvalidArgument, NotFound, NotSupported, ProtocolError, printable
 from ..typing import TYPE_CHECKING, Final, NamedTuple
-from . import wire
+from . import handshake, wire
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -35,15 +35,15 @@ LIST_LIMIT: Final = 16 << 20
 
 _START_TLS: Final = 0
 _NAMES: Final = {
-    wire.OPT_EXPORT_NAME: "EXPORT_NAME",
-    wire.OPT_LIST: "LIST",
-    wire.OPT_STARTTLS: "STARTTLS",
-    wire.OPT_INFO: "INFO",
-    wire.OPT_GO: "GO",
-    wire.OPT_STRUCTURED_REPLY: "STRUCTURED_REPLY",
-    wire.OPT_LIST_META_CONTEXT: "LIST_META_CONTEXT",
-    wire.OPT_SET_META_CONTEXT: "SET_META_CONTEXT",
-    wire.OPT_EXTENDED_HEADERS: "EXTENDED_HEADERS",
+    handshake.OPT_EXPORT_NAME: "EXPORT_NAME",
+    handshake.OPT_LIST: "LIST",
+    handshake.OPT_STARTTLS: "STARTTLS",
+    handshake.OPT_INFO: "INFO",
+    handshake.OPT_GO: "GO",
+    handshake.OPT_STRUCTURED_REPLY: "STRUCTURED_REPLY",
+    handshake.OPT_LIST_META_CONTEXT: "LIST_META_CONTEXT",
+    handshake.OPT_SET_META_CONTEXT: "SET_META_CONTEXT",
+    handshake.OPT_EXTENDED_HEADERS: "EXTENDED_HEADERS",
 }
 
 
@@ -177,18 +177,18 @@ class Conversation:
     def _greeting(self) -> Script[Negotiated | None]:
         """Both greetings up to the options; an oldstyle server has said all there is then."""
         magic = yield 16
-        if magic[:8] != wire.INIT_MAGIC:
+        if magic[:8] != handshake.INIT_MAGIC:
             raise ProtocolError(f"this is no NBD server: it begins with {magic[:8]!r}")
         self.phase = "in its greeting"
-        if magic[8:] == wire.OLDSTYLE_MAGIC.to_bytes(8, "big"):
+        if magic[8:] == handshake.OLDSTYLE_MAGIC.to_bytes(8, "big"):
             return (yield from self._oldstyle())
-        if magic[8:] != wire.OPTION_MAGIC:
+        if magic[8:] != handshake.OPTION_MAGIC:
             raise ProtocolError(f"unknown kind of NBD server: {magic[8:]!r}")
         flags = int.from_bytes((yield 2), "big")
-        self.no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
-        answer = flags & (wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
+        self.no_zeroes = bool(flags & handshake.FLAG_NO_ZEROES)
+        answer = flags & (handshake.FLAG_FIXED_NEWSTYLE | handshake.FLAG_NO_ZEROES)
         self.outgoing += answer.to_bytes(4, "big")
-        if not flags & wire.FLAG_FIXED_NEWSTYLE:
+        if not flags & handshake.FLAG_FIXED_NEWSTYLE:
             self.mode = "export-name"
         return None
 
@@ -215,15 +215,17 @@ class Conversation:
 
     def _ask(self, option: int, data: bytes = b"") -> None:
         self.phase = f"instead of answering {_NAMES[option]}"
-        self.outgoing += wire.encode_option(option, data)
+        self.outgoing += handshake.encode_option(option, data)
 
     def _reply(self, option: int) -> Script[tuple[int, bytes]]:
         """(kind, data) of the next reply to ``option``."""
-        head = wire.decode_option_reply((yield wire.OPTION_REPLY_SIZE))
+        head = handshake.decode_option_reply((yield handshake.OPTION_REPLY_SIZE))
         if head.option != option:
             raise ProtocolError(f"a reply to option {head.option} comes where {_NAMES[option]} was asked")
-        if head.length > wire.MAX_OPTION:
-            raise ProtocolError(f"a reply to {_NAMES[option]} has {head.length} bytes, allowed are {wire.MAX_OPTION}")
+        if head.length > handshake.MAX_OPTION:
+            raise ProtocolError(
+                f"a reply to {_NAMES[option]} has {head.length} bytes, allowed are {handshake.MAX_OPTION}"
+            )
         self.received += head.length
         return head.kind, (yield head.length) if head.length else b""
 
@@ -231,13 +233,13 @@ class Conversation:
         """Ask for something that is either granted or not; whether it was."""
         self._ask(option)
         kind, data = yield from self._reply(option)
-        if kind == wire.REP_ACK:
+        if kind == handshake.REP_ACK:
             if data:
                 raise ProtocolError(f"the acknowledgement of {_NAMES[option]} has data")
             return True
-        if not kind & wire.REP_FLAG_ERROR:
+        if not kind & handshake.REP_FLAG_ERROR:
             raise ProtocolError(f"unexpected reply {kind} to {_NAMES[option]}")
-        if kind == wire.REP_ERR_TLS_REQD:
+        if kind == handshake.REP_ERR_TLS_REQD:
             raise refusal(option, kind, data)
         return False
 
@@ -248,10 +250,10 @@ class Conversation:
         if self.mode == "export-name":
             self._refuse_plain("it knows no options")
             return
-        self._ask(wire.OPT_STARTTLS)
-        kind, data = yield from self._reply(wire.OPT_STARTTLS)
-        if kind != wire.REP_ACK:
-            if not kind & wire.REP_FLAG_ERROR:
+        self._ask(handshake.OPT_STARTTLS)
+        kind, data = yield from self._reply(handshake.OPT_STARTTLS)
+        if kind != handshake.REP_ACK:
+            if not kind & handshake.REP_FLAG_ERROR:
                 raise ProtocolError(f"unexpected reply {kind} to STARTTLS")
             self._refuse_plain(f"it answers {_said(data) or _kind_name(kind)}")
             return
@@ -263,9 +265,9 @@ class Conversation:
 
     def _headers(self) -> Script[None]:
         """Extended headers if possible, else structured replies."""
-        if self.wishes.extended and (yield from self._switch(wire.OPT_EXTENDED_HEADERS)):
+        if self.wishes.extended and (yield from self._switch(handshake.OPT_EXTENDED_HEADERS)):
             self.mode = "extended"
-        elif self.wishes.structured and (yield from self._switch(wire.OPT_STRUCTURED_REPLY)):
+        elif self.wishes.structured and (yield from self._switch(handshake.OPT_STRUCTURED_REPLY)):
             self.mode = "structured"
 
     def _contexts(self, option: int, name: str, queries: tuple[str, ...]) -> Script[tuple[tuple[str, int], ...]]:
@@ -276,17 +278,17 @@ class Conversation:
         found: list[tuple[str, int]] = []
         while True:
             kind, data = yield from self._reply(option)
-            if kind == wire.REP_ACK:
+            if kind == handshake.REP_ACK:
                 return tuple(found)
-            if kind & wire.REP_FLAG_ERROR:
+            if kind & handshake.REP_FLAG_ERROR:
                 return ()
-            if kind != wire.REP_META_CONTEXT:
+            if kind != handshake.REP_META_CONTEXT:
                 raise ProtocolError(f"unexpected reply {kind} to {_NAMES[option]}")
-            number, context = wire.decode_meta_context(data)
+            number, context = handshake.decode_meta_context(data)
             if len(found) == REPLY_LIMIT:
                 raise ProtocolError(f"more than {REPLY_LIMIT} replies to {_NAMES[option]}")
             unasked = context not in queries or any(context == seen or number == i for seen, i in found)
-            if option == wire.OPT_SET_META_CONTEXT and unasked:
+            if option == handshake.OPT_SET_META_CONTEXT and unasked:
                 raise ProtocolError(f"the server grants metadata context {context!r} ({number}) unasked or twice")
             found.append((context, number))
 
@@ -296,31 +298,31 @@ class Conversation:
         :raises ByreError: it refuses this export
         """
         raw = name.encode(errors="surrogateescape")
-        wanted = (wire.INFO_NAME, wire.INFO_DESCRIPTION, wire.INFO_BLOCK_SIZE)
+        wanted = (handshake.INFO_NAME, handshake.INFO_DESCRIPTION, handshake.INFO_BLOCK_SIZE)
         self._ask(option, struct.pack(f">I{len(raw)}sH3H", len(raw), raw, len(wanted), *wanted))
         found: Negotiated | None = None
-        sizes, texts = (0, 0, 0), {wire.INFO_NAME: "", wire.INFO_DESCRIPTION: ""}
+        sizes, texts = (0, 0, 0), {handshake.INFO_NAME: "", handshake.INFO_DESCRIPTION: ""}
         for _ in range(REPLY_LIMIT):
             kind, data = yield from self._reply(option)
-            if kind == wire.REP_ACK:
+            if kind == handshake.REP_ACK:
                 if found is None:
                     raise ProtocolError(f"{_NAMES[option]} is acknowledged without export information")
                 return self._checked(found._replace(minimum=sizes[0], preferred=sizes[1], maximum=sizes[2],
-                                                    name=texts[wire.INFO_NAME],
-                                                    description=texts[wire.INFO_DESCRIPTION]))  # fmt: skip
-            if kind == wire.REP_ERR_UNSUP:
+                                                    name=texts[handshake.INFO_NAME],
+                                                    description=texts[handshake.INFO_DESCRIPTION]))  # fmt: skip
+            if kind == handshake.REP_ERR_UNSUP:
                 return None
-            if kind & wire.REP_FLAG_ERROR:
+            if kind & handshake.REP_FLAG_ERROR:
                 raise refusal(option, kind, data, name)
-            if kind != wire.REP_INFO or len(data) < 2:
+            if kind != handshake.REP_INFO or len(data) < 2:
                 raise ProtocolError(f"unexpected reply {kind} of {len(data)} bytes to {_NAMES[option]}")
             what = int.from_bytes(data[:2], "big")
-            if what == wire.INFO_EXPORT:
-                found = Negotiated(*wire.decode_export_info(data), mode=self.mode)
-            elif what == wire.INFO_BLOCK_SIZE:
-                sizes = wire.decode_block_sizes(data)
+            if what == handshake.INFO_EXPORT:
+                found = Negotiated(*handshake.decode_export_info(data), mode=self.mode)
+            elif what == handshake.INFO_BLOCK_SIZE:
+                sizes = handshake.decode_block_sizes(data)
             elif what in texts:
-                texts[what] = wire.text(data[2 : 2 + wire.MAX_STRING])
+                texts[what] = handshake.text(data[2 : 2 + wire.MAX_STRING])
         raise ProtocolError(f"more than {REPLY_LIMIT} replies to {_NAMES[option]}")
 
 
@@ -338,16 +340,16 @@ class _Choose(Conversation):
         if self.mode != "export-name":
             yield from self._headers()
             if self.mode != "simple" and self.wishes.contexts:
-                option = wire.OPT_SET_META_CONTEXT
+                option = handshake.OPT_SET_META_CONTEXT
                 contexts = yield from self._contexts(option, self.wishes.export, self.wishes.contexts)
-            found = yield from self._details(wire.OPT_GO, self.wishes.export)
+            found = yield from self._details(handshake.OPT_GO, self.wishes.export)
         if found is None:
             found = yield from self._by_name()
         return found._replace(contexts=contexts)
 
     def _by_name(self) -> Script[Negotiated]:
         """EXPORT_NAME, which has no way to say no but to hang up."""
-        self._ask(wire.OPT_EXPORT_NAME, self.wishes.export.encode(errors="surrogateescape"))
+        self._ask(handshake.OPT_EXPORT_NAME, self.wishes.export.encode(errors="surrogateescape"))
         self.phase = f"when asked for export {self.wishes.export!r}: it may not have it"
         size, flags = struct.unpack(">QH", (yield 10))
         if not self.no_zeroes:
@@ -371,7 +373,7 @@ class _List(Conversation):
         for index, export in enumerate(exports):
             if with_info:
                 try:
-                    info = yield from self._details(wire.OPT_INFO, export.name)
+                    info = yield from self._details(handshake.OPT_INFO, export.name)
                 except ProtocolError:
                     raise
                 except ByreError:
@@ -379,11 +381,11 @@ class _List(Conversation):
                 with_info = info is not None
                 contexts: tuple[tuple[str, int], ...] = ()
                 if info is not None and self.mode != "simple":
-                    contexts = yield from self._contexts(wire.OPT_LIST_META_CONTEXT, export.name, ())
+                    contexts = yield from self._contexts(handshake.OPT_LIST_META_CONTEXT, export.name, ())
                 exports[index] = self._described(export, info, contexts)
             if self.received > LIST_LIMIT:
                 raise ProtocolError(f"the server says more than {LIST_LIMIT} bytes about its exports")
-        self.outgoing += wire.encode_option(wire.OPT_ABORT)  # goodbye; the answer is not waited for
+        self.outgoing += handshake.encode_option(handshake.OPT_ABORT)  # goodbye; the answer is not waited for
         return exports
 
     @staticmethod
@@ -392,19 +394,19 @@ class _List(Conversation):
         return Export(export.name, description, info, tuple(name for name, _ in contexts))
 
     def _names(self) -> Script[list[Export]]:
-        self._ask(wire.OPT_LIST)
+        self._ask(handshake.OPT_LIST)
         exports: list[Export] = []
         while True:
-            kind, data = yield from self._reply(wire.OPT_LIST)
-            if kind == wire.REP_ACK:
+            kind, data = yield from self._reply(handshake.OPT_LIST)
+            if kind == handshake.REP_ACK:
                 return exports
-            if kind & wire.REP_FLAG_ERROR:
-                raise refusal(wire.OPT_LIST, kind, data)
-            if kind != wire.REP_SERVER:
+            if kind & handshake.REP_FLAG_ERROR:
+                raise refusal(handshake.OPT_LIST, kind, data)
+            if kind != handshake.REP_SERVER:
                 raise ProtocolError(f"unexpected reply {kind} to LIST")
             if len(exports) == EXPORT_LIMIT or self.received > LIST_LIMIT:
                 raise ProtocolError(f"the list of exports has more than {EXPORT_LIMIT} entries or {LIST_LIMIT} bytes")
-            exports.append(Export(*wire.decode_server_entry(data)))
+            exports.append(Export(*handshake.decode_server_entry(data)))
 
 
 def choose_export(wishes: Wishes) -> ClientNegotiation:
@@ -430,13 +432,13 @@ def refusal(option: int, kind: int, data: bytes, export: str = "") -> ByreError:
     """What a negative reply means, in words."""
     said = _said(data)
     tail = f"; the server says: {said}" if said else ""
-    if kind == wire.REP_ERR_UNKNOWN:
+    if kind == handshake.REP_ERR_UNKNOWN:
         return NotFound(f"the server has no export {export!r}{tail}")
-    if kind == wire.REP_ERR_TLS_REQD:
+    if kind == handshake.REP_ERR_TLS_REQD:
         return AccessDenied(f"the server demands TLS{tail}", hint="use nbds:// or tls-creds")
-    if kind == wire.REP_ERR_POLICY:
+    if kind == handshake.REP_ERR_POLICY:
         return AccessDenied(f"the server forbids {_NAMES[option]}{tail}")
-    if kind in (wire.REP_ERR_UNSUP, wire.REP_ERR_PLATFORM):
+    if kind in (handshake.REP_ERR_UNSUP, handshake.REP_ERR_PLATFORM):
         return NotSupported(f"the server does not support {_NAMES[option]}{tail}")
     return ProtocolError(f"the server refuses {_NAMES[option]}: {_kind_name(kind)}{tail}")
 
@@ -447,13 +449,13 @@ def _said(data: bytes) -> str:
 
 def _kind_name(kind: int) -> str:
     names = {
-        wire.REP_ERR_UNSUP: "not supported",
-        wire.REP_ERR_POLICY: "forbidden by policy",
-        wire.REP_ERR_INVALID: "invalid request",
-        wire.REP_ERR_PLATFORM: "not supported on its platform",
-        wire.REP_ERR_SHUTDOWN: "it is shutting down",
-        wire.REP_ERR_BLOCK_SIZE_REQD: "block sizes must be honoured",
-        wire.REP_ERR_TOO_BIG: "the request is too big",
-        wire.REP_ERR_EXT_HEADER_REQD: "extended headers are needed",
+        handshake.REP_ERR_UNSUP: "not supported",
+        handshake.REP_ERR_POLICY: "forbidden by policy",
+        handshake.REP_ERR_INVALID: "invalid request",
+        handshake.REP_ERR_PLATFORM: "not supported on its platform",
+        handshake.REP_ERR_SHUTDOWN: "it is shutting down",
+        handshake.REP_ERR_BLOCK_SIZE_REQD: "block sizes must be honoured",
+        handshake.REP_ERR_TOO_BIG: "the request is too big",
+        handshake.REP_ERR_EXT_HEADER_REQD: "extended headers are needed",
     }
-    return names.get(kind, f"error {kind & ~wire.REP_FLAG_ERROR}")
+    return names.get(kind, f"error {kind & ~handshake.REP_FLAG_ERROR}")

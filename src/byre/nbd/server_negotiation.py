@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from ..errors import ProtocolError, printable
-from . import wire
+from . import handshake, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,9 +36,11 @@ ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
 
 _GREETING: Final = (
-    wire.INIT_MAGIC + wire.OPTION_MAGIC + struct.pack(">H", wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
+    handshake.INIT_MAGIC
+    + handshake.OPTION_MAGIC
+    + struct.pack(">H", handshake.FLAG_FIXED_NEWSTYLE | handshake.FLAG_NO_ZEROES)
 )
-_KNOWN_CLIENT_FLAGS: Final = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
+_KNOWN_CLIENT_FLAGS: Final = handshake.FLAG_FIXED_NEWSTYLE | handshake.FLAG_NO_ZEROES
 _PADDING: Final = bytes(124)
 _NAME_SHOWN: Final = 80
 
@@ -155,15 +157,15 @@ class Negotiation:
         """Answer the next option: an event, True if there may be more, False if more bytes are needed."""
         if self._flags < 0:
             return self._receive_flags()
-        if len(self._input) < wire.OPTION_SIZE:
+        if len(self._input) < handshake.OPTION_SIZE:
             return False
-        option, length = wire.decode_option(bytes(self._input[: wire.OPTION_SIZE]))
-        if length > wire.MAX_OPTION:
-            raise ProtocolError(f"option {option} has {length} bytes of data, allowed are {wire.MAX_OPTION}")
-        end = wire.OPTION_SIZE + length
+        option, length = handshake.decode_option(bytes(self._input[: handshake.OPTION_SIZE]))
+        if length > handshake.MAX_OPTION:
+            raise ProtocolError(f"option {option} has {length} bytes of data, allowed are {handshake.MAX_OPTION}")
+        end = handshake.OPTION_SIZE + length
         if len(self._input) < end:
             return False
-        data = bytes(self._input[wire.OPTION_SIZE : end])
+        data = bytes(self._input[handshake.OPTION_SIZE : end])
         del self._input[:end]
         return self._answer(option, data)
 
@@ -180,16 +182,16 @@ class Negotiation:
     # -- options ----------------------------------------------------------------------------------
 
     def _answer(self, option: int, data: bytes) -> Event | bool:
-        if option == wire.OPT_EXPORT_NAME:
+        if option == handshake.OPT_EXPORT_NAME:
             return self._export_name(data)
-        if option == wire.OPT_ABORT:
-            self._reply(option, wire.REP_ACK)
+        if option == handshake.OPT_ABORT:
+            self._reply(option, handshake.REP_ACK)
             return ClientLeft("the client ended the handshake")
         try:
             self._check_allowed(option)
             handler = self._HANDLERS.get(option)
             if handler is None:
-                raise _Refusal(wire.REP_ERR_UNSUP, f"Unsupported option {option}")
+                raise _Refusal(handshake.REP_ERR_UNSUP, f"Unsupported option {option}")
             return handler(self, option, data)
         except _Refusal as refusal:
             message = refusal.message.encode(errors="replace")[: wire.MAX_STRING]
@@ -197,13 +199,13 @@ class Negotiation:
             return True
 
     def _check_allowed(self, option: int) -> None:
-        if self._tls == TLS_REQUIRED and not self._encrypted and option != wire.OPT_STARTTLS:
-            raise _Refusal(wire.REP_ERR_TLS_REQD, f"Option {option} not permitted before TLS")
-        if not self._flags & wire.FLAG_FIXED_NEWSTYLE:
-            raise _Refusal(wire.REP_ERR_UNSUP, f"Unsupported option {option}")
+        if self._tls == TLS_REQUIRED and not self._encrypted and option != handshake.OPT_STARTTLS:
+            raise _Refusal(handshake.REP_ERR_TLS_REQD, f"Option {option} not permitted before TLS")
+        if not self._flags & handshake.FLAG_FIXED_NEWSTYLE:
+            raise _Refusal(handshake.REP_ERR_UNSUP, f"Unsupported option {option}")
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
-        self._output.append(wire.encode_option_reply(option, kind, data))
+        self._output.append(handshake.encode_option_reply(option, kind, data))
 
     def _export_name(self, data: bytes) -> Event:
         """The old way to begin, which has no answer for errors."""
@@ -218,17 +220,17 @@ class Negotiation:
         if refusal:
             return ClientLeft(refusal)
         self._output.append(struct.pack(">QH", offer.size, self._transmission_flags(offer)))
-        if not self._flags & wire.FLAG_NO_ZEROES:
+        if not self._flags & handshake.FLAG_NO_ZEROES:
             self._output.append(_PADDING)
         return self._agree(offer)
 
     def _start_tls(self, option: int, data: bytes) -> Event:
         _check_empty(data, "NBD_OPT_STARTTLS")
         if self._encrypted:
-            raise _Refusal(wire.REP_ERR_INVALID, "TLS already enabled")
+            raise _Refusal(handshake.REP_ERR_INVALID, "TLS already enabled")
         if self._tls == TLS_UNAVAILABLE:
-            raise _Refusal(wire.REP_ERR_POLICY, "TLS not configured")
-        self._reply(option, wire.REP_ACK)
+            raise _Refusal(handshake.REP_ERR_POLICY, "TLS not configured")
+        self._reply(option, handshake.REP_ACK)
         # Nothing that was said in the clear counts, also not what was sent ahead of its turn.
         self._input.clear()
         self._forget()
@@ -237,26 +239,26 @@ class Negotiation:
     def _list(self, option: int, data: bytes) -> bool:
         _check_empty(data, "NBD_OPT_LIST")
         for offer in self._offers.all():
-            self._reply(option, wire.REP_SERVER, wire.encode_server_entry(offer.name, offer.description))
-        self._reply(option, wire.REP_ACK)
+            self._reply(option, handshake.REP_SERVER, handshake.encode_server_entry(offer.name, offer.description))
+        self._reply(option, handshake.REP_ACK)
         return True
 
     def _structured_reply(self, option: int, data: bytes) -> bool:
         _check_empty(data, "NBD_OPT_STRUCTURED_REPLY")
         if self._extended:
-            raise _Refusal(wire.REP_ERR_EXT_HEADER_REQD, "extended headers already negotiated")
+            raise _Refusal(handshake.REP_ERR_EXT_HEADER_REQD, "extended headers already negotiated")
         if self._structured:
-            raise _Refusal(wire.REP_ERR_INVALID, "structured reply already negotiated")
+            raise _Refusal(handshake.REP_ERR_INVALID, "structured reply already negotiated")
         self._structured = True
-        self._reply(option, wire.REP_ACK)
+        self._reply(option, handshake.REP_ACK)
         return True
 
     def _extended_headers(self, option: int, data: bytes) -> bool:
         _check_empty(data, "NBD_OPT_EXTENDED_HEADERS")
         if self._extended:
-            raise _Refusal(wire.REP_ERR_INVALID, "extended headers already negotiated")
+            raise _Refusal(handshake.REP_ERR_INVALID, "extended headers already negotiated")
         self._structured = self._extended = True
-        self._reply(option, wire.REP_ACK)
+        self._reply(option, handshake.REP_ACK)
         return True
 
     def _info(self, option: int, data: bytes) -> Event | bool:
@@ -265,18 +267,18 @@ class Negotiation:
         offer = self._find(reader.string())
         wanted = {reader.number(2) for _ in range(reader.number(2))}
         reader.end()
-        if option == wire.OPT_GO:
+        if option == handshake.OPT_GO:
             refusal = self._offers.claim(offer.name)
             if refusal:
-                raise _Refusal(wire.REP_ERR_POLICY, refusal)
-        for kind, text in ((wire.INFO_NAME, offer.name), (wire.INFO_DESCRIPTION, offer.description)):
-            if kind in wanted and (text or kind == wire.INFO_NAME):
-                self._reply(option, wire.REP_INFO, struct.pack(">H", kind) + text.encode())
-        self._reply(option, wire.REP_INFO, wire.encode_block_sizes(*offer.block_sizes))
-        info = wire.ExportInfo(offer.size, self._transmission_flags(offer, asking=option == wire.OPT_INFO))
-        self._reply(option, wire.REP_INFO, wire.encode_export_info(info))
-        self._reply(option, wire.REP_ACK)
-        return self._agree(offer) if option == wire.OPT_GO else True
+                raise _Refusal(handshake.REP_ERR_POLICY, refusal)
+        for kind, text in ((handshake.INFO_NAME, offer.name), (handshake.INFO_DESCRIPTION, offer.description)):
+            if kind in wanted and (text or kind == handshake.INFO_NAME):
+                self._reply(option, handshake.REP_INFO, struct.pack(">H", kind) + text.encode())
+        self._reply(option, handshake.REP_INFO, handshake.encode_block_sizes(*offer.block_sizes))
+        info = handshake.ExportInfo(offer.size, self._transmission_flags(offer, asking=option == handshake.OPT_INFO))
+        self._reply(option, handshake.REP_INFO, handshake.encode_export_info(info))
+        self._reply(option, handshake.REP_ACK)
+        return self._agree(offer) if option == handshake.OPT_GO else True
 
     def _transmission_flags(self, offer: Offer, *, asking: bool = False) -> int:
         """:param asking: the client may still choose metadata contexts"""
@@ -299,38 +301,42 @@ class Negotiation:
         offer = self._offers.find(name)
         if offer is None:
             shown = printable(name[:_NAME_SHOWN]) + ("..." if len(name) > _NAME_SHOWN else "")
-            raise _Refusal(wire.REP_ERR_UNKNOWN, f"export '{shown}' not present")
+            raise _Refusal(handshake.REP_ERR_UNKNOWN, f"export '{shown}' not present")
         return offer
 
     def _meta_context(self, option: int, data: bytes) -> bool:
         """LIST_META_CONTEXT and SET_META_CONTEXT."""
-        setting = option == wire.OPT_SET_META_CONTEXT
+        setting = option == handshake.OPT_SET_META_CONTEXT
         if setting:
             self._chosen_for, self._contexts = "", ()  # whatever comes of it, what was chosen before is gone
         if not self._structured:
             name = "NBD_OPT_SET_META_CONTEXT" if setting else "NBD_OPT_LIST_META_CONTEXT"
-            raise _Refusal(wire.REP_ERR_INVALID, f"request option '{name}' when structured reply is not negotiated")
+            raise _Refusal(
+                handshake.REP_ERR_INVALID, f"request option '{name}' when structured reply is not negotiated"
+            )
         reader = _Reader(data, option)
         offer = self._find(reader.string())
         queries = {reader.string() for _ in range(reader.number(4))}
         reader.end()
         found = tuple((number, name) for number, name in enumerate(offer.contexts) if _chosen(name, queries, setting))
         for number, name in found:
-            self._reply(option, wire.REP_META_CONTEXT, wire.encode_meta_context(number if setting else 0, name))
+            self._reply(
+                option, handshake.REP_META_CONTEXT, handshake.encode_meta_context(number if setting else 0, name)
+            )
         if setting:
             self._chosen_for, self._contexts = offer.name, found
-        self._reply(option, wire.REP_ACK)
+        self._reply(option, handshake.REP_ACK)
         return True
 
     _HANDLERS: Final[dict[int, Callable[[Negotiation, int, bytes], Event | bool]]] = {
-        wire.OPT_STARTTLS: _start_tls,
-        wire.OPT_LIST: _list,
-        wire.OPT_STRUCTURED_REPLY: _structured_reply,
-        wire.OPT_EXTENDED_HEADERS: _extended_headers,
-        wire.OPT_INFO: _info,
-        wire.OPT_GO: _info,
-        wire.OPT_LIST_META_CONTEXT: _meta_context,
-        wire.OPT_SET_META_CONTEXT: _meta_context,
+        handshake.OPT_STARTTLS: _start_tls,
+        handshake.OPT_LIST: _list,
+        handshake.OPT_STRUCTURED_REPLY: _structured_reply,
+        handshake.OPT_EXTENDED_HEADERS: _extended_headers,
+        handshake.OPT_INFO: _info,
+        handshake.OPT_GO: _info,
+        handshake.OPT_LIST_META_CONTEXT: _meta_context,
+        handshake.OPT_SET_META_CONTEXT: _meta_context,
     }
 
 
@@ -343,7 +349,7 @@ def _chosen(name: str, queries: set[str], setting: bool) -> bool:
 
 def _check_empty(data: bytes, option: str) -> None:
     if data:
-        raise _Refusal(wire.REP_ERR_INVALID, f"option '{option}' has unexpected length")
+        raise _Refusal(handshake.REP_ERR_INVALID, f"option '{option}' has unexpected length")
 
 
 class _Reader:
@@ -357,7 +363,7 @@ class _Reader:
     def _bytes(self, length: int) -> bytes:
         part = self._data[self._at : self._at + length]
         if len(part) < length:
-            raise _Refusal(wire.REP_ERR_INVALID, f"Inconsistent lengths in option {self._option}")
+            raise _Refusal(handshake.REP_ERR_INVALID, f"Inconsistent lengths in option {self._option}")
         self._at += length
         return part
 
@@ -367,15 +373,15 @@ class _Reader:
     def string(self) -> str:
         length = self.number(4)
         if length > wire.MAX_STRING:
-            raise _Refusal(wire.REP_ERR_INVALID, f"Invalid name length: {length}")
+            raise _Refusal(handshake.REP_ERR_INVALID, f"Invalid name length: {length}")
         raw = self._bytes(length)
         if b"\0" in raw:
-            raise _Refusal(wire.REP_ERR_INVALID, f"Unexpected embedded NUL in option {self._option}")
+            raise _Refusal(handshake.REP_ERR_INVALID, f"Unexpected embedded NUL in option {self._option}")
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise _Refusal(wire.REP_ERR_INVALID, f"A string in option {self._option} is not UTF-8") from None
+            raise _Refusal(handshake.REP_ERR_INVALID, f"A string in option {self._option} is not UTF-8") from None
 
     def end(self) -> None:
         if self._at != len(self._data):
-            raise _Refusal(wire.REP_ERR_INVALID, f"Inconsistent lengths in option {self._option}")
+            raise _Refusal(handshake.REP_ERR_INVALID, f"Inconsistent lengths in option {self._option}")
