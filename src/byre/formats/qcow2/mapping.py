@@ -198,14 +198,18 @@ class Mapping(Lookup):
         self._classify(word, guest)  # refuses what is corrupt before it is written to
         if self.owned(word):
             return self._reserveowned(words, index, count, offset, end)
-        run = 1
-        while run < count and self._needs_space(words[index + run]):
-            run += 1
+        run = self._run_without_space(words, index, count)
         blank = self._blank(word) and self._blank(words[index + run - 1])
         return self._allocated(guest, run, blank)
 
-    def _needs_space(self, word: int) -> bool:
-        return not word & COPIED or bool(word & COMPRESSED)
+    def _run_without_space(self, words: array[int], index: int, count: int) -> int:
+        """How many of ``count`` clusters, the first of which does, need new space."""
+        if not any(words[index + 1 : index + count]):  # a long write to an empty disk: no loop
+            return count
+        run = 1
+        while run < count and (not words[index + run] & COPIED or words[index + run] & COMPRESSED):
+            run += 1
+        return run
 
     def _blank(self, word: int) -> bool:
         """Whether a cluster that is about to be replaced reads as zeroes."""
