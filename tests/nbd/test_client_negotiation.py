@@ -258,8 +258,10 @@ def test_lists_without_end() -> None:
         play(list_all(Wishes()), NEWSTYLE + UNSUPPORTED + long * 400)
 
 
-_kinds = st.sampled_from((handshake.REP_ACK, handshake.REP_INFO, handshake.REP_SERVER,
-                          handshake.REP_META_CONTEXT, handshake.REP_ERR_UNSUP, handshake.REP_ERR_POLICY, handshake.REP_ERR_INVALID, 77))  # fmt: skip
+_kinds = st.sampled_from((
+    handshake.REP_ACK, handshake.REP_INFO, handshake.REP_SERVER, handshake.REP_META_CONTEXT, handshake.REP_ERR_UNSUP,
+    handshake.REP_ERR_POLICY, handshake.REP_ERR_INVALID, 77,
+))  # fmt: skip
 _payloads = st.one_of(
     st.just(b""), st.binary(max_size=40), st.just(handshake.encode_export_info(handshake.ExportInfo(1024, 1))),
     st.just(handshake.encode_meta_context(1, "base:allocation")), st.just(handshake.encode_server_entry("a", "b")),
