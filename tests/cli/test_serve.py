@@ -310,6 +310,7 @@ class TestRefusals:
             (("-e", "many", "x"), "Invalid shared device number 'many'"),
             (("-o", "far", "x"), "Invalid offset 'far'"),
             (("--handshake-limit", "x", "x"), "Invalid handshake limit 'x'"),
+            (("--poll-max-ns", "soon", "x"), "Invalid polling time 'soon'"),
             (("-x", "n" * 4097, "x"), "too long"),
             (("-L", "x"), "List mode is incompatible with a file name"),
             (("-L", "-o", "1"), "List mode is incompatible with per-device settings"),
@@ -382,6 +383,12 @@ class TestRefusals:
         done = run("-d", "/dev/nbd0")
         assert done.returncode == 1
         assert "modprobe nbd" in done.stderr
+
+    @pytest.mark.parametrize("nanoseconds", ["0", "1000", "50000"])
+    def test_requests_one_at_a_time_with_and_without_polling(self, raw: Path, sock: Path, nanoseconds: str) -> None:
+        with serving(sock, "-t", "-f", "raw", "--poll-max-ns", nanoseconds, raw), Talk(sock) as talk:
+            talk.start()
+            assert {talk.read(offset, 4) for offset in range(0, 400, 4)} == {b"rrrr"}
 
     def test_what_clients_do_wrong_is_said(self, raw: Path, sock: Path) -> None:
         with serving(sock, "-t", "-f", "raw", "--handshake-limit", "1", raw) as process:

@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidArgument
-from ..image import CACHE_MODES
 from ..nbd import wire
+from ..opening import CACHE_MODES
 from . import common
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ _TABLE: Final = (
     common.Switch("tls-hostname", "", "tls-hostname", "NAME", "the name in the server's certificate, with -L"),
     common.Switch(
         "handshake-limit", "", "handshake-limit", "N", "seconds a client has to begin (default 10), 0 for any"
+    ),
+    common.Switch(
+        "poll-max-ns",
+        "",
+        "poll-max-ns",
+        "NS",
+        "look for the next request of a busy client for so long before sleeping (default 50000), 0 for never",
     ),
     common.OBJECT,
     common.IMAGE_OPTS,
@@ -132,6 +139,7 @@ def _check(given: common.Given) -> None:
         raise InvalidArgument("SELinux support not enabled in this binary")
     number(given, "shared", 1, "Invalid shared device number '{}'")
     number(given, "handshake-limit", 10, "Invalid handshake limit '{}'")
+    number(given, "poll-max-ns", 0, "Invalid polling time '{}'")
     number(given, "offset", 0, "Invalid offset '{}'")
     if common.as_peer() and given.has("socket") and not given.last("socket").startswith("/"):
         raise InvalidArgument("socket path must be absolute")

@@ -33,7 +33,8 @@ def make_server(given: common.Given) -> Server:
     from .serve import number, server_limit
 
     seconds = number(given, "handshake-limit", 10, "Invalid handshake limit '{}'")
-    settings = Settings(_tls(given), True, _authorization(given), float(seconds), POLL_NANOSECONDS)
+    poll = number(given, "poll-max-ns", POLL_NANOSECONDS, "Invalid polling time '{}'")
+    settings = Settings(_tls(given), True, _authorization(given), float(seconds), poll)
     program = common.PROGRAM.get()  # which the threads of clients do not know
     server = Server(settings, connections=server_limit(given), report=lambda line: common.report(line, program=program))
     try:
