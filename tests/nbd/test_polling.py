@@ -67,14 +67,14 @@ class TestReceiver:
 
     def test_polls_no_more_when_nothing_comes(self) -> None:
         wire = Wire()
-        receiver = Receiver(wire, Polling(10**6))  # type: ignore[arg-type]
+        receiver = Receiver(wire, Polling(3 * 10**7))  # type: ignore[arg-type]
         receive(receiver, 6)
         assert wire.looked == 1
-        wire.looks, wire.pause = 10**9, 0.01
-        receive(receiver, 10)
+        wire.looks, wire.pause = 10**9, 0.07
+        receive(receiver, 5)
         looked, slept = wire.looked, wire.slept
-        receive(receiver, 10)
-        assert (wire.looked, wire.slept) == (looked, slept + 10)
+        receive(receiver, 5)
+        assert (wire.looked, wire.slept) == (looked, slept + 5)
 
     def test_two_busy_clients_do_not_poll(self) -> None:
         polling, wires = Polling(10**9), (Wire(), Wire())
