@@ -22,7 +22,7 @@ LEVELS = {
     "io": 1, "bitmaps": 1, "crypto": 1, "nbd": 1,
     "graph": 2,
     "formats": 3, "filters": 3, "protocols": 3,
-    "image": 4,
+    "image": 4, "opening": 4,
     "jobs": 5, "profiles": 5,
     "exports": 6,
     "monitor": 7,
@@ -168,7 +168,7 @@ CREATE = {
     *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.create", "byre.graph.creating", "byre.formats.qcow2.creation",
 }  # fmt: skip
 INFO = {
-    *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.info", "byre.cli.output", "byre.image",
+    *STANDARD, *WORDS, *GRAPH, *RECORDS, "byre.cli.info", "byre.cli.output", "byre.image", "byre.opening",
     "byre.io.engine", "byre.io.inflight", "byre.io.tables", "byre.formats.base", "byre.formats.qcow2.image",
     "byre.formats.qcow2.lookup", "byre.formats.qcow2.mapping", "byre.formats.qcow2.opening",
     "byre.formats.qcow2.refcounts", "byre.formats.qcow2.unmapping",

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .graph.creating import create
     from .graph.graph import Graph
     from .graph.opening import Policy
-    from .image import Image, open
+    from .image import Image
+    from .opening import open
 
 __version__ = "0.1.0"
 __all__ = ["ByreError", "Graph", "Image", "Policy", "__version__", "create", "open"]
@@ -23,7 +24,7 @@ _HOMES = {
     "Image": "byre.image",
     "Policy": "byre.graph.opening",
     "create": "byre.graph.creating",
-    "open": "byre.image",
+    "open": "byre.opening",
 }
 
 

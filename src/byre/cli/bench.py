@@ -123,7 +123,7 @@ def _number(given: common.Given, key: str, what: str, default: int, most: int = 
 
 
 def _cache(given: common.Given) -> str:
-    from ..image import CACHE_MODES
+    from ..opening import CACHE_MODES
 
     cache = given.last("cache", "writeback")
     if cache not in CACHE_MODES:

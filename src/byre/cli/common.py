@@ -419,7 +419,7 @@ def open_image(
     :raises ByreError: with the name in ``where``
     """
     from ..graph.graph import Graph
-    from ..image import open as open_target
+    from ..opening import open as open_target
 
     if image_opts is None:
         image_opts = given.has("image-opts")

@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _open(name: str, format: str, given: common.Given) -> Image:
-    from ..image import CACHE_MODES
+    from ..opening import CACHE_MODES
 
     cache = given.last("source-cache", "writeback")
     if cache not in CACHE_MODES:

@@ -180,7 +180,7 @@ def _number(given: common.Given, key: str, what: str, least: int, most: int) -> 
 
 
 def _check_cache(mode: str, what: str) -> None:
-    from ..image import CACHE_MODES
+    from ..opening import CACHE_MODES
 
     if mode not in CACHE_MODES:
         raise InvalidArgument(f"invalid {what} option {mode!r}: expected one of {', '.join(CACHE_MODES)}")

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     given = common.parse(_TABLE, arguments)
     if len(given.positional) != 1:
         raise common.UsageError("expecting one image file name")
-    from ..image import cache_flags
+    from ..opening import cache_flags
 
     unsafe = given.has("unsafe")
     if not unsafe and not given.has("backing-file"):

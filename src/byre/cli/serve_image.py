@@ -11,7 +11,7 @@ from ..errors import ByreError, InvalidArgument, from_oserror, printable
 from ..exports.nbd import NbdExport
 from ..graph.graph import Graph
 from ..image import Image
-from ..image import open as open_target
+from ..opening import open as open_target
 from . import common
 
 if TYPE_CHECKING:

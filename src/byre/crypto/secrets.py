@@ -1,6 +1,6 @@
 """Passphrases and keys, and where they come from. No message, ``repr`` or log ever shows one.
 
-A provider is what a caller hands to ``byre.image.open`` and ``byre.graph.creating.create``: a mapping from ids to
+A provider is what a caller hands to ``byre.open`` and ``byre.graph.creating.create``: a mapping from ids to
 secrets, or a function that is given an id. Values may be :class:`Secret`, text or bytes.
 """
 

@@ -6,8 +6,8 @@ import os
 
 from ...errors import ByreError, InvalidArgument, from_oserror
 from ...graph.opening import parse_filename
-from ...image import CACHE_MODES
-from ...image import open as open_target
+from ...opening import CACHE_MODES
+from ...opening import open as open_target
 from ...options import parse_keyval, unflatten
 from ...typing import TYPE_CHECKING, Final, NamedTuple
 from ..common import policy, warn_graph

@@ -6,8 +6,8 @@ from ...catalog import driver
 from ...errors import InvalidArgument
 from ...formats.abilities import HasSnapshots
 from ...graph import chain
-from ...image import CACHE_MODES
 from ...io.extent import NOT_COUNTED, UNALLOCATED
+from ...opening import CACHE_MODES
 from ...options import Option, convert, parse_keyval
 from ...typing import TYPE_CHECKING, Final
 from ...units import SECTOR
