@@ -375,7 +375,7 @@ def test_opening_waits_for_a_server(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ByreError, match="Failed to connect"):
         Client(Settings(Address("unix", path=str(tmp_path / "never")), open_timeout=0.3))
-    assert 0.3 <= time.monotonic() - started < 0.5
+    assert 0.3 <= time.monotonic() - started < 1.5
 
 
 def test_errors_of_the_server_are_errors_of_the_request(tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_closing_while_a_connection_is_being_made_again(tmp_path: Path) -> None:
         assert server.connections == 3
         started = time.monotonic()
         client.close()
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 2
 
 
 # -- the descriptor of a broken connection --------------------------------------------------------
