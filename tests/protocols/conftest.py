@@ -15,6 +15,21 @@ from byre.protocols.file import FileNode
 OpenFile = Callable[..., FileNode]
 
 
+def make(path: Path, content: bytes | int) -> Path:
+    if isinstance(content, int):
+        path.touch()
+        os.truncate(path, content)
+    else:
+        path.write_bytes(content)
+    return path
+
+
+def read(node: FileNode, offset: int, length: int) -> bytes:
+    buffer = bytearray(b"\xee" * length)
+    node.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
 @pytest.fixture
 def open_file() -> Iterator[OpenFile]:
     """``open_file(path, read_only=False, driver="file", options={}, **flags)`` -> FileNode, closed at the end."""

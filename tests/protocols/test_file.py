@@ -22,32 +22,16 @@ from byre.errors import (
     NotSupported,
     ReadOnly,
 )
-from byre.graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE
 from byre.graph.opening import OpenFlags
 from byre.io.extent import DATA, FUA, MAY_UNMAP, NO_FALLBACK, NO_HOST, ZERO, Extent
 from byre.protocols import file as file_module
 from byre.protocols import filespace, vectors
-from byre.protocols.file import OPTIONS, FileNode
+from byre.protocols.file import FileNode
 
-from .conftest import OpenFile
+from .conftest import OpenFile, make, read
 
 KIB = 1024
 MIB = 1 << 20
-
-
-def make(path: Path, content: bytes | int) -> Path:
-    if isinstance(content, int):
-        path.touch()
-        os.truncate(path, content)
-    else:
-        path.write_bytes(content)
-    return path
-
-
-def read(node: FileNode, offset: int, length: int) -> bytes:
-    buffer = bytearray(b"\xee" * length)
-    node.read_into(offset, memoryview(buffer))
-    return bytes(buffer)
 
 
 def statuses(node: FileNode, offset: int, length: int) -> list[Extent]:
@@ -651,63 +635,6 @@ def test_nothing_stays_open(tmp_path: Path, open_file: OpenFile) -> None:
 
 
 # -- reopening and copying ------------------------------------------------------------------------
-
-
-def test_reopen_changes_the_mode(tmp_path: Path, open_file: OpenFile) -> None:
-    path = make(tmp_path / "a", b"x" * 5000)
-    node = open_file(path, read_only=True)
-    os.rename(path, tmp_path / "b")  # the node holds the file, not the name
-    token = node.reopen_prepare(OpenFlags(read_only=False, direct=True), node.runtime)
-    with pytest.raises(ReadOnly):
-        node.write_from(0, memoryview(b"y"))
-    node.reopen_commit(token)
-    node.write_from(1, memoryview(b"yz"))
-    assert node.limits.request_alignment > 1
-    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=True), node.runtime))
-    assert node.read_only
-    assert node.limits.request_alignment == 1
-    node.flush()
-    assert (tmp_path / "b").read_bytes() == b"xyz" + b"x" * 4997
-
-
-def test_reopen_keeps_name_and_locking(tmp_path: Path, open_file: OpenFile) -> None:
-    node = open_file(make(tmp_path / "a", 10), options={"locking": "on", "aio": "native"})
-    for change in ({"filename": "other"}, {"locking": "off"}):
-        options = OPTIONS.parse({**node.runtime.given, **change}, what="test")
-        with pytest.raises(InvalidArgument, match="cannot change"):
-            node.reopen_prepare(OpenFlags(), options)
-    node.reopen_commit(node.reopen_prepare(OpenFlags(), OPTIONS.parse({"aio": "threads"}, what="test")))
-    assert node.runtime.word("aio") == "threads"
-
-
-def test_locks_move_to_the_reopened_file(tmp_path: Path, open_file: OpenFile) -> None:
-    path = make(tmp_path / "a", 5000)
-    node, other = open_file(path), open_file(path)
-    unshared = PERM_ALL & ~(PERM_WRITE | PERM_RESIZE)
-    node.set_permissions(PERM_READ | PERM_WRITE, unshared)
-    node.reopen_commit(node.reopen_prepare(OpenFlags(read_only=False), node.runtime))
-    with pytest.raises(ByreError, match='"write" lock'):
-        other.set_permissions(PERM_WRITE, PERM_ALL)
-    token = node.reopen_prepare(OpenFlags(read_only=True), node.runtime)
-    node.set_permissions(PERM_READ, PERM_ALL)
-    node.reopen_commit(token)
-    other.set_permissions(PERM_WRITE, PERM_ALL)
-
-
-def test_the_system_copies_between_files(tmp_path: Path, open_file: OpenFile) -> None:
-    content = random.Random(5).randbytes(200_000)
-    source = open_file(make(tmp_path / "a", content), read_only=True)
-    target = open_file(make(tmp_path / "b", b""))
-    done = 0
-    while done < 100_000:
-        step = source.copy_range(1000 + done, target, 500 + done, 100_000 - done)
-        assert step > 0
-        done += step
-    assert target.size == 100_500
-    assert (tmp_path / "b").read_bytes() == bytes(500) + content[1000:101_000]
-    assert source.copy_range(200_000, target, 0, 10) == 0
-    with pytest.raises(ReadOnly):
-        target.copy_range(0, source, 0, 10)
 
 
 def test_identity_tells_files_apart(tmp_path: Path, open_file: OpenFile) -> None:

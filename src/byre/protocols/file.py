@@ -1,8 +1,8 @@
 """Regular files and block devices: the leaf under most graphs.
 
-Owns one file descriptor. Opening is :mod:`.descriptor`, creating :mod:`.filecreate`, locks :mod:`.locks`,
-the length :mod:`.length`, holes and zeroing :mod:`.filespace`, flushing :mod:`.durability`. All I/O is
-synchronous in the calling thread, whatever ``aio`` says.
+Owns one file descriptor. Opening is :mod:`.descriptor`, creating :mod:`.filecreate`, locks :mod:`.locks`, the length
+:mod:`.length`, holes and zeroing :mod:`.filespace`, flushing :mod:`.durability`, other flags :mod:`.reopening`, copies
+:mod:`.copying`. All I/O is synchronous in the calling thread, whatever ``aio`` says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..graph.node import PERM_ALL, Limits, Node, Stats
 from ..io.buffers import zero_fill, zero_view
 from ..io.extent import FUA, MAY_UNMAP, NO_FALLBACK
 from ..options import Option, OptionSet
-from ..typing import TYPE_CHECKING, Final, NamedTuple
+from ..typing import TYPE_CHECKING, Final
 from . import descriptor, space
 from .durability import FlushState, start_write_back
 from .filespace import FileSpace
@@ -60,17 +60,6 @@ DEVICE_DRIVERS: Final = ("host_device", "host_cdrom")
 
 _ZERO_STEP: Final = 1 << 20
 _PAGE: Final = 4096
-_NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM)
-
-
-class _Reopen(NamedTuple):
-    """What ``reopen_prepare`` made."""
-
-    opened: descriptor.Descriptor
-    flags: OpenFlags
-    options: OptionValues
-    direct: AlignedAccess | None
-    limits: Limits
 
 
 class FileNode(Node):
@@ -414,27 +403,9 @@ class FileNode(Node):
         :returns: bytes copied, 0 at the end of this file
         :raises NotSupported: the system cannot copy between these two
         """
-        target._check_writable()
-        started = perf_counter_ns()
-        growing = target_offset + length > target._length.value
-        if growing:
-            target._length.begin()
-        done = 0
-        try:
-            with target._space.claim(target_offset, length):
-                done = os.copy_file_range(self._fd, target._fd, length, source_offset, target_offset)
-        except OSError as error:
-            if error.errno not in _NO_COPY:
-                raise target._failed(Stats.WRITE, "copy", target_offset, length, error) from None
-            reason = os.strerror(error.errno)
-            raise NotSupported(f"the system cannot copy this range: {reason}", where=target._where) from None
-        finally:
-            if growing:
-                target._length.end(target_offset + done if done else 0)
-        self.stats.done(Stats.READ, done, started)
-        target.stats.done(Stats.WRITE, done, started)
-        target.stats.wrote(target_offset + done)
-        return done
+        from .copying import copy_range
+
+        return copy_range(self, source_offset, target, target_offset, length)
 
     # -- permissions and life ---------------------------------------------------------------------
 
@@ -445,39 +416,19 @@ class FileNode(Node):
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
         """:raises InvalidArgument: another file name or locking mode"""
-        for name, before in (("filename", self.filename), ("locking", self._locks.mode)):
-            if name in options and options.text(name) != before:
-                raise InvalidArgument(f"cannot change the option {name!r} of an open file", where=self._where)
-        opened = descriptor.reopen_descriptor(
-            self._fd, self.filename, self.identity,
-            read_only=flags.read_only, direct=flags.direct, auto_read_only=flags.auto_read_only,
-        )  # fmt: skip
-        try:
-            direct, limits = self._prepare_direct(opened, flags)
-            self._locks.copy_to(opened.fd)
-        except BaseException:
-            os.close(opened.fd)
-            raise
-        return _Reopen(opened, flags, options, direct, limits)
+        from .reopening import prepare
+
+        return prepare(self, flags, options)
 
     def reopen_commit(self, token: object) -> None:
-        assert isinstance(token, _Reopen)
-        try:
-            self._locks.copy_to(token.opened.fd)
-        except ByreError:
-            pass  # nothing is left to do unless permissions changed since
-        old = self._fd
-        self._fd = token.opened.fd
-        self.open_flags, self.runtime = token.flags, token.options
-        self.read_only = token.opened.read_only
-        self._direct, self.limits = token.direct, token.limits
-        self._space.fd, self._space.direct = self._fd, self._direct
-        self._flushes.move(self._fd)
-        descriptor.close_quietly(old)
+        from .reopening import commit
+
+        commit(self, token)
 
     def reopen_abort(self, token: object) -> None:
-        assert isinstance(token, _Reopen)
-        descriptor.close_quietly(token.opened.fd)
+        from .reopening import abort
+
+        abort(token)
 
     def close(self) -> None:
         """:raises IOFailure: the system reports at closing that data was lost (network file systems do)"""
