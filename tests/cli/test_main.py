@@ -12,7 +12,6 @@ import pytest
 
 from byre.cli import common
 from byre.cli.main import main, program_name
-from byre.crypto.secrets import Secret
 
 
 @pytest.mark.parametrize(
@@ -246,24 +245,6 @@ class TestCreateOptions:
     def test_malformed_lists(self, text: str) -> None:
         with pytest.raises(common.InvalidArgument, match="invalid option list"):
             common.create_options(["b=1", text])
-
-
-class TestSecrets:
-    def test_kept_and_never_shown(self) -> None:
-        given = common.parse((common.OBJECT,), ["--object", "secret,id=s,data=hunter2", "--object",
-                                                '{"qom-type": "secret", "id": "t", "file": "k"}'])  # fmt: skip
-        secrets = given.secrets()
-        assert secrets["s"].properties["data"] == "hunter2"
-        assert secrets["t"].properties["file"] == "k"
-        assert "hunter2" not in repr(secrets)
-
-    @pytest.mark.parametrize("text", ["secret,id=s", "secret,id=s,data=hunter2,file=b", "secret,id=s,data=hunter2,x=1",
-                                      "secret,id=s,data=hunter2,format=hex", "secret", "{}",
-                                      "secret,data=hunter2"])  # fmt: skip
-    def test_refusals_do_not_show_it(self, text: str) -> None:
-        with pytest.raises(common.ByreError) as caught:
-            Secret.parse(text)
-        assert "hunter2" not in str(caught.value)
 
 
 class TestPolicy:

@@ -2,7 +2,8 @@
 
 A verb is a module with ``run(arguments) -> int`` and ``HELP``. It declares its options as a table of
 :class:`Switch` and calls :func:`parse`; syntax, abbreviations and refusals are those of ``getopt_long``.
-Text for people and JSON is in ``output``; the frame around a verb (errors, signals, exit codes) in ``main``.
+What ``--object`` defines is in ``objects``, text for people and JSON in ``output``, the frame around a verb (errors,
+signals, exit codes) in ``main``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from contextvars import ContextVar
 
 from ..errors import ByreError, InvalidArgument, printable
-from ..options import parse_json, parse_keyval, unflatten
+from ..options import parse_keyval, unflatten
 from ..typing import TYPE_CHECKING, Final, NamedTuple
 from ..units import parse_size
 
@@ -20,15 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ..crypto.secrets import Secret
-    from ..filters.throttle_group import ThrottleGroup
     from ..graph.graph import Graph
     from ..graph.opening import Policy
     from ..image import Image
-    from ..nbd.authorization import Authorization
-    from ..nbd.tls import Credentials
     from ..options import Option, OptionSet
-
-    Object = Secret | ThrottleGroup | Credentials | Authorization
+    from .objects import Object
 
 __all__ = [
     "FORCE_SHARE",
@@ -183,61 +180,29 @@ class Given:
         :raises ByreError: a malformed definition, or another type of object
         """
         if self._objects is None:
-            found: dict[str, tuple[str, Object]] = {}
-            for text in self.all("object"):
-                id, made = _parse_object(text)
-                if id in found:
-                    raise InvalidArgument(f"object {id!r} is defined twice")
-                found[id] = text, made
-            self._objects = found
+            texts = self.all("object")
+            if not texts:
+                return {}
+            from .objects import parse_objects
+
+            self._objects = parse_objects(texts)
         return self._objects
 
     def secrets(self) -> dict[str, Secret]:
         """The secrets among :meth:`objects`, by id."""
         if not self.objects():
             return {}
-        from ..crypto.secrets import Secret
+        from .objects import secrets
 
-        return {id: made for id, (_, made) in self.objects().items() if isinstance(made, Secret)}
+        return secrets(self.objects())
 
     def furnish(self, graph: Graph) -> None:
         """Give ``graph`` what its nodes find by id: the throttle groups and TLS credentials among :meth:`objects`."""
         if not self.objects():
             return
-        from ..filters.throttle_group import ThrottleGroup
-        from ..nbd.tls import Credentials
+        from .objects import furnish
 
-        for id, (_, made) in self.objects().items():
-            if isinstance(made, ThrottleGroup):
-                graph.throttle_groups[id] = made
-            elif isinstance(made, Credentials):
-                graph.tls_credentials[id] = made
-
-
-def _parse_object(text: str) -> tuple[str, Object]:
-    """(id, object) for the definition in ``text``."""
-    if "throttle-group" in text or "tls-creds" in text or "authz" in text:
-        kind = str(parse_json(text, "object").get("qom-type")) if text.startswith("{") \
-            else parse_keyval(text, implied="qom-type").get("qom-type", "")  # fmt: skip
-        if kind == "throttle-group":
-            from ..filters.throttle_group import ThrottleGroup
-
-            group = ThrottleGroup.parse(text)
-            return group.name, group
-        if kind.startswith("tls-creds-"):
-            from ..nbd.tls import Credentials
-
-            credentials = Credentials.parse(text)
-            return credentials.id, credentials
-        if kind.startswith("authz-"):
-            from ..nbd.authorization import Authorization
-
-            authorization = Authorization.parse(text)
-            return authorization.id, authorization
-    from ..crypto.secrets import Secret
-
-    secret = Secret.parse(text)
-    return secret.id, secret
+        furnish(graph, self.objects())
 
 
 def parse(table: Sequence[Switch], arguments: Sequence[str]) -> Given:
@@ -266,21 +231,11 @@ def parse(table: Sequence[Switch], arguments: Sequence[str]) -> Given:
     given = Given(ordered, positional)
     if given.has("help"):
         raise HelpRequested
-    _hide_secrets(given)
+    if given.objects():
+        from .objects import hide_secrets
+
+        hide_secrets(given.objects())
     return given
-
-
-def _hide_secrets(given: Given) -> None:
-    """Secrets written on the command line are taken out of what the system shows of it, and out of core dumps."""
-    exposed = [text for text, made in given.objects().values() if getattr(made, "exposed", False)]
-    if not exposed:
-        return
-    from ..crypto.secrets import hide_arguments, protect_memory
-
-    hide_arguments(exposed)
-    protect_memory()
-    if not as_peer():
-        warn("data= shows a secret to everyone who lists processes as this one starts; use file=PATH or file=env:NAME")
 
 
 def _long_option(switches: Sequence[Switch], word: str, rest: list[str]) -> tuple[str, str]:
