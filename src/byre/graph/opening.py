@@ -1,8 +1,7 @@
 """Opening: from a name or options to nodes.
 
 Every file that an image names passes one gate, :class:`Policy`; everything else was named by the user.
-A chain of backing files is opened in a loop, not by recursion, and is refused beyond ``CHAIN_LIMIT``
-layers or when it meets itself.
+The backing files below are :mod:`.backing`'s matter.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import os
 
 from ..catalog import PROBE_SIZE, TAIL_SIZE, Driver, by_prefix, driver, probe
-from ..errors import AccessDenied, ImageError, InvalidArgument, NotFound, printable
+from ..errors import AccessDenied, InvalidArgument
 from ..options import Option, OptionSet, OptionValues, convert, parse_json, unflatten
 from ..typing import TYPE_CHECKING, NamedTuple, cast
-from .chain import skip_filters
 from .node import Node
 
 if TYPE_CHECKING:
@@ -235,7 +233,9 @@ class Opener:
         try:
             top = self.open(spec, flags, driver_name=driver_name)
             if not flags.no_backing:
-                self._open_backing_files()
+                from .backing import open_backing_files
+
+                open_backing_files(self, self._created)
                 for node in self._created:
                     node.chain_opened()
             return top
@@ -404,77 +404,6 @@ class Opener:
         self._register(node)
         return node
 
-    # -- the chain --------------------------------------------------------------------------------
-
-    def _open_backing_files(self) -> None:
-        """Open what lies below every node made here, layer by layer; the list grows while it is walked."""
-        chains: dict[Node, set[object]] = {}
-        for node in self._created:
-            below = self._open_backing(node)
-            if below is None:
-                continue
-            seen = chains.setdefault(node, {self._identity(node)})
-            if len(seen) >= CHAIN_LIMIT:
-                raise ImageError(f"the backing chain is longer than {CHAIN_LIMIT} layers", where=node.filename)
-            identity = self._identity(below)
-            if identity is not None and identity in seen:
-                raise ImageError(f"the backing chain contains {below.filename!r} twice", where=node.filename)
-            # Nodes without a file of their own count as well.
-            seen.add(identity if identity is not None else below)
-            chains[skip_filters(below)] = seen
-            self.graph.attach(node, "backing", below, "backing")
-
-    @staticmethod
-    def _identity(node: Node) -> object:
-        """(device, inode) of the file under ``node``; ``None`` if it has none."""
-        while "file" in node.children:
-            node = node.children["file"].node
-        return getattr(node, "identity", None)
-
-    def _open_backing(self, node: Node) -> Node | None:
-        """The node below ``node``, by its options or by what the image says; ``None`` at the base."""
-        if node.kind == "filter":
-            return None
-        override = getattr(node, "backing_override", "unset")
-        if "backing" in node.children or override is None:
-            return None
-        flags = node.open_flags.for_backing() if hasattr(node, "open_flags") else OpenFlags()
-        name: str = getattr(node, "backing_name", "")
-        format_name: str = getattr(node, "backing_format", "")
-        if isinstance(override, str) and override != "unset":
-            return None if override == "" else self.open(self.graph.find(override).name, flags)
-        extra = dict(override) if isinstance(override, dict) else {}
-        if extra and ("driver" in extra or "file" in extra or "filename" in extra) and not _needs_name(extra):
-            return self.open(extra, flags)
-        if not name:
-            if extra:
-                raise InvalidArgument(
-                    "backing options are given, but the image has no backing file", where=node.filename
-                )
-            return None
-        path = resolve_backing(node.filename, name)
-        where = node.filename
-        plain = None if has_protocol(name) else path
-        self.policy.check(name, plain, "backing file", where)
-        if "driver" in extra:
-            format_name = str(extra.pop("driver"))
-        if not format_name and plain is not None and getattr(node, "records_backing_format", True):
-            self.graph.warnings.append(
-                f"{printable(where)}: the format of backing file {name!r} is not recorded; probing it"
-            )
-        given = {"driver": "file", "filename": path} if plain is not None else parse_filename(path)
-        try:
-            if format_name:
-                driver(format_name)
-            if format_name and extra:
-                # The options are the format's, not the file's.
-                below = self.open({"driver": format_name, "file": given, **extra}, flags, implicit=True)
-            else:
-                below = self.open({**given, **extra}, flags, driver_name=format_name, implicit=True)
-        except NotFound as error:
-            raise NotFound(f"cannot open backing file {name!r}: {error}", where=where) from None
-        return below
-
 
 FLAG_FIELDS = {
     "read-only": "read_only",
@@ -486,11 +415,6 @@ FLAG_FIELDS = {
 }
 _FORMAT_KEYS = ("node-name", "detect-zeroes", "backing", "discard", "read-only", "auto-read-only", "force-share",
                 "cache", "cache.direct", "cache.no-flush", "cache.writeback")  # fmt: skip
-
-
-def _needs_name(extra: Mapping[str, object]) -> bool:
-    """Whether options override only parts of a backing file whose name the image gives."""
-    return "file" not in extra and "filename" not in extra and driver(str(extra.get("driver", "raw"))).kind == "format"
 
 
 def resolve_backing(overlay: str, name: str) -> str:
