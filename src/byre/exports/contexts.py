@@ -6,6 +6,7 @@ peer's documentation (docs/interop/nbd.txt).
 
 from __future__ import annotations
 
+from time import monotonic, thread_time
 from typing import TYPE_CHECKING, Final
 
 from ..graph import chain
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
 
 _FEW: Final = 16
 """So many extents are looked up one by one, as most clients ask for one; more in windows, which numpy makes cheaper."""
+_FIRST_WINDOW: Final = 16 << 20
+"""Bytes of the first window. Later ones are twice as long each while there is not much in them."""
+_MUCH: Final = 1024
+"""Extents of a window."""
+_MOST: Final = 1 << 17
+"""The same, whatever there is in it."""
+_BUSY: Final = 0.1
+"""Seconds of a processor after which an answer is what was found until then: others wait, and the client asks on."""
+_SECONDS: Final = 1.0
+"""The same by the clock, and where there are a few extents only: who asks for many does not expect so few."""
 
 
 def zero_run(node: Node, offset: int, length: int) -> tuple[bool, int]:
@@ -78,12 +89,26 @@ def _runs(
         if not _join(runs, step, flags_of(kind, depth), limit):
             return runs
         offset += step
-    for start, size in chain.windows(offset, end, chain.window_size(image.node)):
-        found = image.extents(start, size)
+    window, longest = _FIRST_WINDOW, _longest_window(image.node)
+    started, began = thread_time(), monotonic()
+    while offset < end:
+        size = min(window - offset % window, end - offset)
+        found = image.extents(offset, size)
         for step, flags in _coalesced(found.length, all_flags_of(found), limit + 1):
             if not _join(runs, step, flags, limit):
                 return runs
+        if monotonic() - began > _SECONDS or (len(runs) > _FEW and thread_time() - started > _BUSY):
+            return runs
+        offset += size
+        if len(found.length) < _MUCH:
+            window = min(window * 2, longest)
     return runs
+
+
+def _longest_window(top: Node) -> int:
+    """Bytes in which there are no more than ``_MOST`` extents, or those of one mapping table."""
+    unit = min(layer.cluster_size if layer.layered else 0 for layer in chain.layers(top))  # type: ignore[attr-defined]
+    return max(chain.window_size(top), min(chain.WINDOW_LIMIT, unit * _MOST))
 
 
 def _coalesced(lengths: NDArray[np.int64], flags: NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +160,8 @@ def dirty(bitmap: Bitmap) -> Context:
     def status(_image: Image, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []
         end = offset + length
-        while offset < end and len(runs) < limit:
+        until = thread_time() + _BUSY
+        while offset < end and len(runs) < limit and not (len(runs) > _FEW and thread_time() > until):
             found = bitmap.next_dirty(offset, end)
             start = end if found is None else found[0]
             if start > offset:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["NbdExport"]
 
 _PREFERRED: Final = 4096
-_ZERO_STEP: Final = 128 << 20
-"""A long request is carried out in steps, so that nobody who wants to change the graph waits for all of it."""
-_TRIM_STEP: Final = 1 << 30
 _LONG: Final = 128 << 10
 """From here on looking for a short cut costs nothing that matters."""
 _NOTHING: Final = (0, 0, 0, 0, 0)
@@ -186,25 +183,12 @@ class NbdExport(Export):
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
         self.image.write(offset, view, fua=fua)
 
-    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fua: bool, fast: bool) -> None:
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast: bool) -> None:
         unmap = may_unmap and bool(getattr(self.image.node, "pass_discard", True))
-        end = offset + length
-        step = length if fast else _ZERO_STEP
-        while offset < end:
-            step = min(step, end - offset)
-            self.image.write_zeroes(offset, step, unmap=unmap, fallback=not fast)
-            offset += step
-        if fua:
-            self.image.flush()
+        self.image.write_zeroes(offset, length, unmap=unmap, fallback=not fast)
 
-    def trim(self, offset: int, length: int, fua: bool) -> None:
-        end = offset + length
-        while offset < end:
-            step = min(_TRIM_STEP, end - offset)
-            self.image.discard(offset, step)
-            offset += step
-        if fua:
-            self.image.flush()
+    def trim(self, offset: int, length: int) -> None:
+        self.image.discard(offset, length)
 
     def flush(self) -> None:
         if not self.image.read_only:

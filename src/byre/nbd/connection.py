@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -24,6 +26,7 @@ from .transmission import Transmission
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Sequence
+    from threading import Semaphore
 
     from .disk import Disk
     from .memory import Share
@@ -36,6 +39,8 @@ _RECEIVE: Final = 1 << 16
 _TICK: Final = struct.pack("@ll", 5, 0)
 """Seconds and microseconds after which a thread that receives looks whether it was asked to stop, or too slow."""
 _SEND_BUFFER: Final = 1 << 20
+_GONE: Final = 0
+"""No event but those that need not be asked for: both halves of the connection have ended, or it broke."""
 
 
 class Settings(NamedTuple):
@@ -67,6 +72,7 @@ class Host:
 
     settings: Settings
     polling: Polling
+    walks: Semaphore
 
     def disks(self) -> Sequence[Disk]:
         """The exports, in the order in which they are listed."""
@@ -211,8 +217,9 @@ class Connection:
         link: Link = PlainLink(sock) if self._stream is None else TlsLink(self._stream)
         share = self._host.share(lambda: _shut_down(sock, socket.SHUT_RD))
         self._transmission = Transmission(
-            link, self._disk, agreement, share, name=f"nbd {self.peer}", polling=self._host.polling
-        )
+            link, self._disk, agreement, share, walks=self._host.walks, has_gone=partial(_polls, sock, _GONE),
+            name=f"nbd {self.peer}", polling=self._host.polling,
+        )  # fmt: skip
         if self._stopping:
             return
         self._transmission.run()
@@ -246,14 +253,7 @@ class Connection:
 
     def has_left(self) -> bool:
         """Whether the client has closed its end already, though its thread may not know yet."""
-        import select
-
-        poll = select.poll()
-        try:
-            poll.register(self.socket, select.POLLRDHUP)
-            return bool(poll.poll(0))
-        except (OSError, ValueError):
-            return True
+        return _polls(self.socket, select.POLLRDHUP)
 
     def stop(self) -> None:
         """Take no more requests; those under way are answered."""
@@ -265,6 +265,16 @@ class Connection:
     def break_off(self) -> None:
         """Nor wait for a client that does not take its answers."""
         _shut_down(self.socket, socket.SHUT_RDWR)
+
+
+def _polls(sock: socket.socket, events: int) -> bool:
+    """Whether any of these events is there; a socket that is closed has them all."""
+    poll = select.poll()
+    try:
+        poll.register(sock, events)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return True
 
 
 def _shut_down(sock: socket.socket, how: int) -> None:

@@ -92,10 +92,10 @@ class Disk(Protocol):
 
     def write(self, offset: int, view: memoryview, fua: bool) -> None: ...
 
-    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fua: bool, fast: bool) -> None:
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast: bool) -> None:
         """:raises NotSupported: ``fast``, and zeroes would have to be written"""
 
-    def trim(self, offset: int, length: int, fua: bool) -> None: ...
+    def trim(self, offset: int, length: int) -> None: ...
 
     def flush(self) -> None:
         """What any client was told is written is durable when this returns."""

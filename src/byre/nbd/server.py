@@ -31,6 +31,8 @@ CLIENT_MEMORY: Final = 64 << 20
 """Bytes of buffers for one client's requests."""
 TOTAL_MEMORY: Final = 256 << 20
 """The same for all clients together."""
+_WALKS: Final = 2
+"""Clients for which extents are looked for at a time: more would wait for each other, and short requests for all."""
 STOP_SECONDS: Final = 4.0
 _GRACE: Final = 1.5
 _BACKLOG: Final = 128
@@ -56,6 +58,7 @@ class Server(Host):
     ) -> None:
         self.settings = settings or Settings()
         self.polling = Polling(self.settings.poll_nanoseconds)
+        self.walks = threading.Semaphore(_WALKS)
         self._limit = connections
         self._report = report
         self._budget = Budget(TOTAL_MEMORY)

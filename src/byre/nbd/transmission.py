@@ -27,6 +27,9 @@ from .wire import Request
 from .workers import Flight, Workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from threading import Semaphore
+
     from .disk import Disk
     from .link import Link
     from .memory import Reception, Share
@@ -60,10 +63,12 @@ class Transmission:
 
     :param share: of the memory that clients may occupy
     :param polling: how to wait for requests; left out: asleep
+    :param walks: shared by all clients of a server, see :class:`.answers.Answers`
+    :param has_gone: whether the client takes no more answers, as far as the system knows
     """
 
-    def __init__(self, link: Link, disk: Disk, agreement: Agreement, share: Share, *, name: str = "nbd",
-                 polling: Polling | None = None) -> None:  # fmt: skip
+    def __init__(self, link: Link, disk: Disk, agreement: Agreement, share: Share, *, walks: Semaphore,
+                 has_gone: Callable[[], bool], name: str = "nbd", polling: Polling | None = None) -> None:  # fmt: skip
         self._receiver = Receiver(link, polling or Polling())
         self._link = link
         self._disk = disk
@@ -72,7 +77,7 @@ class Transmission:
         self._size = agreement.offer.size
         self._replies = replies_for(agreement.structured, agreement.extended)
         self._flight = Flight(MAX_REQUESTS)
-        self._answers = Answers(link, disk, self._replies, share, agreement.contexts, self._size)
+        self._answers = Answers(link, disk, self._replies, share, agreement.contexts, self._size, walks, has_gone)
         # Nothing below knows this object: its buffers are free as soon as it is, without a search for cycles.
         self._workers: Workers[Task, Arena] = Workers(
             self._answers.carry_out_apart, lambda: Arena(PIECE), self._flight, name, WORKERS
