@@ -86,7 +86,7 @@ def _compare(images: list[Image], given: common.Given, mode: str) -> int:
     job = CompareJob(images[0], images[1], strict=given.has("strict"), measure=mode != "none",
                      on_size=lambda: say("Warning: Image size mismatch!"))  # fmt: skip
     try:
-        with Display(job.control, "compare", mode, least=2.0):
+        with Display(job.control, "compare", mode, least=2.0, closing=False):
             job.execute()
     except StatusError as error:
         common.report(error)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ..io.workers import spawn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType, TracebackType
 
     from ..jobs.job import Control
@@ -53,18 +55,21 @@ class Display:
 
     :param mode: as :func:`mode_for` says
     :param least: percents between two prints of the "text" mode
+    :param closing: the "text" mode says at the end that all is done, also where the last step has said so
     """
 
-    def __init__(self, control: Control, job: str, mode: str, *, least: float = 1.0) -> None:
+    def __init__(self, control: Control, job: str, mode: str, *, least: float = 1.0, closing: bool = True) -> None:
         self._control = control
-        self._stop = threading.Event()
+        self._stopped = False
+        #: There is a step to show, or nothing more.
+        self._news = threading.Event()
         self._thread: threading.Thread | None = None
         self._before: object = None
         self._printer: _Printer | None = None
         if mode == "bar":
             self._printer = _Bar(control, job)
         elif mode == "text":
-            self._printer = _Text(control, least)
+            self._printer = _Text(control, least, closing, self._news.set)
         elif mode == "json":
             self._printer = _Json(control, job)
 
@@ -78,7 +83,8 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
-        self._stop.set()
+        self._stopped = True
+        self._news.set()
         if self._thread is not None:
             self._thread.join()
         if self._printer is not None:
@@ -90,7 +96,9 @@ class Display:
 
     def _loop(self) -> None:
         assert self._printer is not None
-        while not self._stop.wait(_PERIOD):
+        while not self._stopped:
+            if self._news.wait(_PERIOD):
+                self._news.clear()
             self._printer.update(False)
 
     def _asked(self, _number: int, _frame: FrameType | None) -> None:
@@ -108,16 +116,35 @@ def _percent(control: Control) -> float:
 
 
 class _Text:
-    """``    (12.34/100%)`` and a carriage return, as qemu-img prints it."""
+    """``    (12.34/100%)`` and a carriage return, as qemu-img prints it: for each step that is longer than ``least``
+    percent, at 100, and at the end.
 
-    def __init__(self, control: Control, least: float) -> None:
+    The job hands its steps over and goes on; they are printed as fast as whoever reads them takes them.
+    """
+
+    def __init__(self, control: Control, least: float, closing: bool, wake: Callable[[], None]) -> None:
         self._control = control
         self._least = least
+        self._closing = closing
+        self._wake = wake
         self._shown = -100.0
+        self._steps: deque[float] = deque()
+        control.tell_steps(least, self._step)
+
+    def _step(self, percent: float) -> None:
+        self._steps.append(percent)
+        self._wake()
 
     def update(self, final: bool) -> None:
-        percent = 100.0 if final else _percent(self._control)
-        if percent - self._shown >= self._least or (final and percent > self._shown):
+        while self._steps:
+            self._show(self._steps.popleft())
+        if final and self._closing:
+            self.force(100.0)
+        else:
+            self._show(_percent(self._control))  # the total may have changed
+
+    def _show(self, percent: float) -> None:
+        if percent - self._shown > self._least or self._shown < percent == 100.0:
             self._shown = percent
             self.force(percent)
 

@@ -24,13 +24,14 @@ __all__ = ["ranges_above", "take_back"]
 _ZERO_STEP: Final = 1 << 30
 
 
-def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: int,
+def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: int, least: int,
                  top_too: bool) -> Iterator[tuple[int, int]]:  # fmt: skip
     """``(offset, length)`` of what the layers of ``handle`` above ``base`` hold (all of them without one), ascending.
 
     Data is cut at multiples of ``chunk``, zeroes at multiples of 1 GiB. What is passed over counts as done. The
     graph is looked at a window at a time, each as it is then.
 
+    :param least: where the speed is low, data is cut at multiples of less than ``chunk``, but not less than this
     :param top_too: with what the top layer holds; otherwise only what it shows of those below it, and of the zeroes
         that a layer shows behind its end only those that hide something of the base
     """
@@ -53,8 +54,20 @@ def ranges_above(handle: Image, base: Node | None, control: Control, *, chunk: i
             if extent.offset > position:
                 control.count(extent.offset - position, 0)
             position = stop
-            yield from chain.windows(extent.offset, position, _ZERO_STEP if extent.kind == ZERO else chunk)
+            if extent.kind == ZERO:
+                yield from chain.windows(extent.offset, position, _ZERO_STEP)
+            else:
+                yield from _pieces(extent.offset, position, control, chunk, least)
     control.count(size - position, 0)
+
+
+def _pieces(offset: int, end: int, control: Control, chunk: int, least: int) -> Iterator[tuple[int, int]]:
+    """What the speed was at one piece, it need not be at the next."""
+    while offset < end:
+        size = control.at_once(chunk, least)
+        size = min(size - offset % size, end - offset)
+        yield offset, size
+        offset += size
 
 
 def _window(handle: Image, base: Node | None, offset: int, length: int) -> ExtentMap:

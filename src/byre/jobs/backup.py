@@ -300,9 +300,10 @@ class BackupJob(Job):
         )  # fmt: skip
 
     def _due(self) -> Iterator[tuple[int, int]]:
-        position, chunk = 0, self._copy.chunk
+        position = 0
         while True:
             self._instant.check()
+            chunk = self.control.at_once(self._copy.chunk, self._cluster)
             found = self._instant.todo.next_dirty(position, None, chunk)
             if found is None:
                 return

@@ -16,7 +16,7 @@ from ..errors import ByreError, NotSupported
 from ..io import workers
 from ..io.buffers import aligned_buffer, zero_fill
 from ..io.sparse import data_runs
-from ..units import MIB, SECTOR, align_up
+from ..units import KIB, MIB, SECTOR, align_up
 from .behind import WriteBehind
 from .offload import Offload
 
@@ -36,6 +36,7 @@ CHUNK: Final = 2 * MIB
 """Data per task: a buffer being read and one being written stay in the processor's cache."""
 
 _COMPRESS_CHUNK: Final = MIB
+_LEAST: Final = 64 * KIB
 _TASK_SEGMENTS: Final = 256
 _ZERO_STEP: Final = 1 << 30
 
@@ -204,6 +205,8 @@ class BlockCopy:
         self._chunk = max(_COMPRESS_CHUNK, self._cluster) if settings.compress else settings.chunk or CHUNK
         # Pieces of odd sparse sizes are cut where the peer cuts them, for the rules look at the ends of pieces.
         self._exact = not _is_power_of_two(settings.sparse) or settings.sparse > CHUNK
+        # Where the speed is low, pieces are shorter, but zeroes are found all the same.
+        self._least = self._chunk if self._exact else min(self._chunk, max(_LEAST, self._cluster, settings.sparse))
         self._buffers = _Buffers(self._chunk)
         #: Entered while much is copied; by :meth:`run` itself.
         self.behind = WriteBehind(node)
@@ -269,19 +272,20 @@ class BlockCopy:
         threads = settings.threads or workers.default_threads()
         with self.behind:
             workers.run(
-                self._tasks(segments, start, self.source.size if end < 0 else end), work, deliver, threads=threads,
-                in_order=settings.in_order, gate=control,
+                self._tasks(segments, start, self.source.size if end < 0 else end, control), work, deliver,
+                threads=threads, in_order=settings.in_order, gate=control,
             )  # fmt: skip
 
-    def _tasks(self, segments: Iterable[Segment], reached: int, end: int) -> Iterator[_Task]:
-        """Segments cut to buffer size, small ones gathered."""
+    def _tasks(self, segments: Iterable[Segment], reached: int, end: int, control: Control) -> Iterator[_Task]:
+        """Segments cut to buffer size, small ones gathered; where somebody watches, to no more than a percent."""
         batch: list[Segment] = []
         data = 0
         counted = 0
         whole = self.settings.whole_total
-        for piece in self._pieces(segments):
+        for piece in self._pieces(segments, control):
             size = piece.length if piece.action == COPY else 0
-            if batch and (data + size > self._chunk or len(batch) >= _TASK_SEGMENTS):
+            most = min(self._chunk, control.total // 100) if control.measure else control.at_once(self._chunk)
+            if batch and (data + size > most or len(batch) >= _TASK_SEGMENTS):
                 yield _Task(batch, data, counted)
                 batch, data, counted = [], 0, 0
             batch.append(piece)
@@ -292,11 +296,11 @@ class BlockCopy:
         if batch or rest:
             yield _Task(batch, data, counted + rest)
 
-    def _pieces(self, segments: Iterable[Segment]) -> Iterator[Segment]:
+    def _pieces(self, segments: Iterable[Segment], control: Control) -> Iterator[Segment]:
         for offset, length, action in segments:
-            step = self._chunk if action == COPY else _ZERO_STEP
             end = offset + length
             while offset < end:
+                step = control.at_once(self._chunk, self._least) if action == COPY else _ZERO_STEP
                 # Cut at multiples of the step, so that clusters stay whole.
                 size = min(step if self._exact else step - offset % step, end - offset)
                 yield Segment(offset, size, action)

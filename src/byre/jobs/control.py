@@ -5,6 +5,7 @@ Usable alone, where nobody wants to steer. States and verbs are the job's (:mod:
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from time import monotonic
@@ -24,6 +25,8 @@ _SLICE: Final = 0.1
 """Seconds of work that a limited job may do at once."""
 
 _RATE_WINDOW: Final = 5.0
+_PIECE: Final = 0.25
+"""Seconds that a piece of the work may take where the speed is low."""
 
 
 class Progress(NamedTuple):
@@ -63,7 +66,13 @@ class Control:
         self.on_advance: Callable[[], None] | None = None
         self.attention = False
         self.done = 0
+        self._rested = 0.0
+        self._rest_began = 0.0
         self._total = total
+        self._tell_step: Callable[[float], None] | None = None
+        self._step = 0.0
+        self._stepped = 0.0
+        self._next_step = 0
         self._speed = _checked(speed)
         self._busy_until = 0.0
         self._pauses = 0
@@ -91,6 +100,7 @@ class Control:
     def total(self, value: int) -> None:
         with self._lock:
             self._total = value
+            self._plan_step()
 
     def advance(self, count: int, moved: int | None = None) -> None:
         """``count`` more is done; pause, cancel and keep to the speed here.
@@ -114,6 +124,8 @@ class Control:
             self.done += count
             if not self._samples or now - self._samples[-1][0] >= 0.1:
                 self._samples.append((now, self.done))
+            if self._tell_step is not None and self.done >= self._next_step:
+                self._take_step(self._tell_step)
             if self._speed:
                 self._spend(count if moved is None else moved, now)
 
@@ -143,6 +155,8 @@ class Control:
             self._check()
             if not self._pauses:
                 return
+            if not self._resting:
+                self._rest_began = monotonic()
             self._resting += 1
         self._tell_pause()
         try:
@@ -152,6 +166,8 @@ class Control:
         finally:
             with self._lock:
                 self._resting -= 1
+                if not self._resting:
+                    self._rested += monotonic() - self._rest_began
             self._tell_pause()
         self._check()
 
@@ -186,14 +202,15 @@ class Control:
         self.checkpoint()
         return RETRY
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, *, completing: bool = False) -> None:
         """Sleep; a verb on the job ends it early. A pause point.
 
+        :param completing: that it was told to complete is no reason to hurry
         :raises Cancelled: the job was cancelled
         """
         end = monotonic() + seconds
         with self._lock:
-            while not (self._pauses or self._cancelled or self._completing):
+            while not (self._pauses or self._cancelled or (self._completing and not completing)):
                 left = end - monotonic()
                 if left <= 0:
                     return
@@ -210,7 +227,44 @@ class Control:
         """The job was told to complete (or softly cancelled while ready): finish and return."""
         return self._completing
 
+    def at_once(self, most: int, unit: int = 1) -> int:
+        """Bytes to do in one piece: ``most``, or where the speed is low so many that progress, pauses and who waits
+        for the piece need not wait for seconds. Cheap; the answer changes with the speed.
+
+        :param unit: the least, bytes; less than ``most`` is a power of two times that
+        """
+        fitting = int(self._speed * _PIECE)
+        if not self._speed or fitting >= most:
+            return most
+        return min(most, unit << max((fitting // unit).bit_length() - 1, 0))
+
     # -- for those who watch ----------------------------------------------------------------------
+
+    @property
+    def rested(self) -> float:
+        """Seconds that the job was paused so far."""
+        with self._lock:
+            return self._rested + (monotonic() - self._rest_began if self._resting else 0.0)
+
+    def tell_steps(self, percent: float, tell: Callable[[float], None]) -> None:
+        """Have ``tell`` called with the percentage each time that more than ``percent`` more is done, and at 100.
+
+        By the thread that does the work, and with the lock held: it must do next to nothing.
+        """
+        with self._lock:
+            self._step, self._tell_step = percent, tell
+            self._plan_step()
+
+    def _plan_step(self) -> None:
+        """Called with the lock held, as is the next."""
+        after = int(self._total * (self._stepped + self._step) / 100) + 1
+        self._next_step = min(after, self._total) if self._stepped < 100 else sys.maxsize
+
+    def _take_step(self, tell: Callable[[float], None]) -> None:
+        if self._total:
+            self._stepped = 100.0 * min(self.done, self._total) / self._total
+            self._plan_step()
+            tell(self._stepped)
 
     def progress(self) -> Progress:
         """The counters now."""
@@ -221,7 +275,8 @@ class Control:
                 self._samples.popleft()
             first = self._samples[0] if self._samples else (now, done)
         elapsed = now - first[0]
-        rate = (done - first[1]) / elapsed if elapsed > 0.05 else 0.0
+        # What is done again, after an error, was counted before.
+        rate = max(0, done - first[1]) / elapsed if elapsed > 0.05 else 0.0
         eta = (total - done) / rate if rate > 0 and total else None
         return Progress(done, total, rate, eta)
 

@@ -33,6 +33,7 @@ __all__ = ["LiveCommitJob", "live_commit_journal"]
 
 _RETRY: Final = 0.2
 _JOURNAL_PART: Final = 1 << 20
+_LEAST: Final = 1 << 16
 
 
 class LiveCommitJob(Job):
@@ -105,7 +106,8 @@ class LiveCommitJob(Job):
                 journal.finished(offset, length)
             return length, moved
 
-        ranges = ranges_above(copy.source, self.base, control, chunk=copy.chunk, top_too=True)
+        least = max(_LEAST if journal is None else _JOURNAL_PART, getattr(self.base, "cluster_size", 0))
+        ranges = ranges_above(copy.source, self.base, control, chunk=copy.chunk, least=least, top_too=True)
         policies = Policies(self.on_error, self.on_error)
         with copy.behind:
             return sweep(itertools.chain(ranges, tail), work, control, policies, chunk=copy.chunk)

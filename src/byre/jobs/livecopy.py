@@ -258,7 +258,7 @@ def sweep(ranges: Iterable[tuple[int, int]], work: Callable[[int, int], tuple[in
     ``work`` leaves what failed for another sweep, and returns (bytes done, bytes moved). The job pauses between two
     requests, with nothing in flight.
 
-    :param chunk: short ranges are gathered up to this many bytes for a thread
+    :param chunk: short ranges are gathered up to this many bytes for a thread, up to less where the speed is low
     :param threads: 0 for a default that suits the machine
     :returns: nothing failed
     :raises ByreError: the error that the policy says to report
@@ -289,7 +289,7 @@ class _Sweep:
         task: list[tuple[int, int]] = []
         data = 0
         for one in ranges:
-            if task and (data + one[1] > chunk or len(task) >= _TASK_RANGES):
+            if task and (data + one[1] > self._control.at_once(chunk) or len(task) >= _TASK_RANGES):
                 yield task
                 task, data = [], 0
                 if self._failed is not None:

@@ -17,7 +17,7 @@ from ..graph.relinking import NewHeader, Relinked, backing_edges, backing_name, 
 from ..graph.reopening import set_read_only
 from ..image import Image
 from ..io.workers import spare_threads
-from ..units import MIB
+from ..units import KIB, MIB
 from .above import ranges_above, take_back
 from .behind import WriteBehind
 from .errors_policy import check_policy
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamJob", "stream_journal"]
 
 _CHUNK: Final = 2 * MIB
+_LEAST: Final = 64 * KIB
 
 
 class StreamJob(Job):
@@ -96,10 +97,11 @@ class StreamJob(Job):
     def run(self, control: Control) -> None:
         node = self.node
         control.total = node.size
-        chunk = max(_CHUNK, getattr(node, "cluster_size", 1))
+        least = max(_LEAST, getattr(node, "cluster_size", 1))
+        chunk = max(_CHUNK, least)
         policies = Policies(self.on_error, self.on_error)
         while True:
-            ranges = ranges_above(self._handle, self.base, control, chunk=chunk, top_too=False)
+            ranges = ranges_above(self._handle, self.base, control, chunk=chunk, least=least, top_too=False)
             with WriteBehind(node, early=False):
                 whole = sweep(ranges, self._copy, control, policies, chunk=chunk, threads=self._threads())
             if whole or self.on_error == "ignore":
