@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from functools import partial
 
-from ...errors import ByreError, Corrupt, ImageError, ReadOnly
+from ...errors import ByreError, Corrupt, ImageError
 from ...io import engine
 from ...io.extent import FUA, MAY_UNMAP, UNALLOCATED, Extent
 from ...io.extent import ZERO as KIND_ZERO
@@ -443,39 +443,16 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
         change_key_slots(self, change, secret, limit=limit)
 
     def reopen_prepare(self, flags: OpenFlags, options: OptionValues) -> object:
-        if self.loaded_snapshot is not None and not flags.read_only:
-            raise ReadOnly(f"snapshot {self.loaded_snapshot!r} is loaded, which cannot be written", where=self.filename)
-        if self.read_only and not flags.read_only:
-            from .opening import check_usable
+        from .reopening import prepare
 
-            check_usable(self.header, False, self.filename)
-        if options.given:
-            from .runtime import check_options
-
-            check_options(options, self.header, self.filename)
-        with self.lock:
-            if not self.read_only:
-                self._guarded(self.settle)
-            if flags.read_only and not self.read_only:
-                self.store_bitmaps()
-                self._guarded(self.settle)
+        prepare(self, flags, options)
         return flags, options
 
     def reopen_commit(self, token: object) -> None:
+        from .reopening import commit
+
         flags, options = cast("tuple[OpenFlags, OptionValues]", token)
-        with self.lock:
-            was_read_only = self.read_only
-            self.open_flags, self.runtime = flags, options
-            self.read_only = flags.read_only
-            self.detect_zeroes = flags.detect_zeroes
-            self.pass_discard = flags.unmap
-            self._writing = False
-            if self._bitmaps is not None:
-                self._bitmaps.set_read_only(self.read_only)
-            if was_read_only and not self.read_only:
-                self.load_refcounts()
-            else:
-                self.tune()
+        commit(self, flags, options)
 
     def reopen_finish(self) -> None:
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY and not self.read_only:
