@@ -23,6 +23,7 @@ __all__ = [
     "NoSpace",
     "NotFound",
     "NotSupported",
+    "OutOfService",
     "ProtocolError",
     "ReadOnly",
     "from_oserror",
@@ -107,6 +108,10 @@ class IOFailure(ByreError):
     """The system refused a transfer; carries the system's own errno."""
 
     default_errno = _errno.EIO
+
+
+class OutOfService(IOFailure):
+    """An earlier failure stopped the node: nothing will succeed before it is opened again, so nobody need try."""
 
 
 class NoSpace(IOFailure):

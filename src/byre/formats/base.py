@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 
-from ..errors import IOFailure, NotSupported
+from ..errors import NotSupported, OutOfService
 from ..graph.node import PERM_ALL, PERM_READ, PERM_RESIZE, PERM_WRITE, PERM_WRITE_UNCHANGED, Node, Stats
 from ..io import cached, engine
 from ..io.extent import UNALLOCATED, Extent
@@ -269,9 +269,9 @@ class FormatNode(Node):
     # -- failure ----------------------------------------------------------------------------------
 
     def check_failure(self) -> None:
-        """:raises IOFailure: a metadata write or flush failed earlier"""
+        """:raises OutOfService: a metadata write or flush failed earlier"""
         if self.failure is not None:
-            raise IOFailure(
+            raise OutOfService(
                 f"the image was taken out of service after a metadata failure ({self.failure})",
                 where=self.filename,
                 hint="close it and open it again; what was flushed is safe",

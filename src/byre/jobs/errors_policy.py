@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..errors import ByreError, InvalidArgument, NoSpace
+from ..errors import ByreError, InvalidArgument, NoSpace, OutOfService
 
 __all__ = ["IGNORE", "POLICIES", "REPORT", "RETRY", "STOP", "check_policy", "decide"]
 
@@ -26,7 +26,9 @@ def check_policy(policy: str) -> str:
 
 
 def decide(error: ByreError, policy: str) -> str:
-    """REPORT, IGNORE or STOP."""
-    if check_policy(policy) in (REPORT, IGNORE, STOP):
+    """REPORT, IGNORE or STOP. To go on where nothing can succeed any more would never end: that is reported."""
+    if check_policy(policy) == IGNORE and isinstance(error, OutOfService):
+        return REPORT
+    if policy in (REPORT, IGNORE, STOP):
         return policy
     return STOP if isinstance(error, NoSpace) else REPORT

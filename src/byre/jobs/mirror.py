@@ -8,7 +8,7 @@ ranges being copied are kept apart, so that no write is lost.
 
 from __future__ import annotations
 
-from time import monotonic
+import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
@@ -24,6 +24,7 @@ from .blockcopy import CHUNK, CopySettings
 from .holes import split_at_holes
 from .job import Control, Job
 from .livecopy import LiveCopy, Policies, check_free, close, sweep
+from .pace import Pace
 from .stride import Stride
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class MirrorStatus(NamedTuple):
 
     :ivar dirty: bytes that still have to be copied, or are being copied
     :ivar rate_in: bytes per second that become dirty
-    :ivar rate_out: bytes per second that are copied
+    :ivar rate_out: bytes per second that are copied while there is something to copy, pauses left out
     :ivar actively_synced: both disks are the same, and writes go to both
     """
 
@@ -167,11 +168,8 @@ class MirrorJob(Job):
         self._blocking: Blocking | None = None
         self._top = MirrorTopNode(Bitmap(source.size, default_granularity(target, self.options)), alone=True)
         self._top.witness = self.journal
-        self._rate_in = self._rate_out = 0.0
-        self._sweeping: tuple[int, int, float] | None = None
-        self._small = 0
+        self._pace = Pace(self._top.dirty, self.control)
         self._primed = False
-        self._in_flight = 0
 
     def _find_replaced(self) -> Node | None:
         """The node given by ``replaces``; ``None`` for the source."""
@@ -257,6 +255,7 @@ class MirrorJob(Job):
             self.journal.start(self._flush_both)
         self._primed = True
         self._account()
+        self._pace.start()
         with self._copy.behind:
             self._converge(control)
         control.ready()
@@ -264,12 +263,8 @@ class MirrorJob(Job):
             whole = self._sweep(control)
             if not control.completing:
                 control.wait(_POLL if whole else _RETRY)
-        for _ in range(_LAST_SWEEPS):
-            if self._top.dirty.dirty_bytes <= self._small:
-                break
-            self._sweep(control)
-        # The users of the source are held back during the flush at the end: little shall be left for it.
-        self._writer.flush()
+        # The users of the source are held back at the end, and nothing is tried twice then: little shall be left.
+        self._converge(control, _LAST_SWEEPS)
 
     def _flush_both(self) -> None:
         # What was copied while it was not durable in the source could be lost there, and be in the target all the same.
@@ -277,19 +272,24 @@ class MirrorJob(Job):
         self._read.node.flush()
         self._writer.node.flush()
 
-    def _converge(self, control: Control) -> None:
-        """Until the two are the same, or the rest can be copied in a moment; the target is durable then."""
+    def _converge(self, control: Control, most: int = sys.maxsize) -> None:
+        """Until the two are the same, or the rest can be copied in a moment; the target is durable then.
+
+        :param most: sweeps without a failure after which it is good enough
+        """
         while True:
             whole = self._sweep(control)
-            if whole and self._top.dirty.dirty_bytes <= self._small:
+            most -= whole
+            if whole and (not most or self._top.dirty.dirty_bytes <= self._pace.rates()[1] * _SHORT):
                 try:
                     self._writer.flush()
                     return
                 except ByreError as error:
                     control.on_error(error, self._policies.target, source=False)
                     whole = False
+                    most += 1
             if not whole:
-                control.wait(_RETRY)
+                control.wait(_RETRY, completing=True)
 
     @property
     def _writer(self) -> Image:
@@ -322,38 +322,22 @@ class MirrorJob(Job):
 
     def _sweep(self, control: Control) -> bool:
         """Copy what is dirty now; whether all went well."""
-        before, copied, started = self._top.dirty.dirty_bytes, control.done, monotonic()
-        if not before:
-            self._measure(0, 0, _POLL)
-            return True
-        self._sweeping = before, copied, started
-        whole = sweep(self._due(), self._copy_dirty, control, self._policies, chunk=self._copy.chunk)
-        self._sweeping = None
-        moved = control.done - copied
-        self._measure(self._top.dirty.dirty_bytes + moved - before, moved, monotonic() - started)
+        whole = True
+        if self._top.dirty.dirty_bits:
+            self._pace.begin_sweep()
+            whole = sweep(self._due(), self._copy_dirty, control, self._policies, chunk=self._copy.chunk)
+        self._pace.end_sweep()
         self._account()
         return whole
 
-    def _measure(self, came: int, went: int, seconds: float) -> None:
-        """Rates, the last sweeps counting most; what can be copied in a moment."""
-        share = min(1.0, seconds + 0.2)
-        self._rate_in += share * (max(0, came) / max(seconds, _POLL) - self._rate_in)
-        if went:
-            self._rate_out += share * (went / max(seconds, 1e-4) - self._rate_out)
-        self._small = int(self._rate_out * _SHORT)
-
     def _account(self) -> None:
-        self.control.total = self.control.done + self._left()
-
-    def _left(self) -> int:
-        """Bytes that are dirty, or being copied."""
-        with self._lock:
-            return self._top.dirty.dirty_bytes + self._in_flight
+        self.control.total = self.control.done + self._pace.left
 
     def _due(self) -> Iterator[tuple[int, int]]:
         """What is dirty, in ascending pieces that end where chunks end."""
-        position, chunk = 0, self._copy.chunk
+        position, most, least = 0, self._copy.chunk, self._top.dirty.granularity
         while True:
+            chunk = self.control.at_once(most, least)
             found = self._top.dirty.next_dirty(position, None, chunk)
             if found is None:
                 return
@@ -364,7 +348,7 @@ class MirrorJob(Job):
 
     def _copy_dirty(self, offset: int, length: int) -> tuple[int, int]:
         """Copy what is still dirty of a range; (bytes done, bytes written)."""
-        top, moved, due = self._top, 0, 0
+        top, moved, due, copied = self._top, 0, 0, False
         with self._copy.request():
             entry = top.ranges.enter(offset, offset + length, True)
             spoiled = self.journal.begin_copy(offset, length) if self.journal is not None else []
@@ -372,11 +356,12 @@ class MirrorJob(Job):
                 # Cleared before it is read: what is written from here on is copied again.
                 taken = top.dirty.take(offset, length)
                 due = sum(size for _, size in taken)
-                self._count_in_flight(due)
+                self._pace.begin(due)
                 for start, size in taken:
                     moved += self._copy.copy(start, size)
                     if self.journal is not None:
                         self.journal.finished(start, size, spoiled)
+                copied = True
             except BaseException:
                 top.dirty.set(offset, length)
                 raise
@@ -384,12 +369,8 @@ class MirrorJob(Job):
                 if self.journal is not None:
                     self.journal.end_copy(spoiled)
                 top.ranges.leave(entry)
-                self._count_in_flight(-due)
+                self._pace.end(due, copied=copied)
         return due, moved
-
-    def _count_in_flight(self, size: int) -> None:
-        with self._lock:
-            self._in_flight += size
 
     # -- completing -------------------------------------------------------------------------------
 
@@ -455,18 +436,9 @@ class MirrorJob(Job):
 
     def status(self) -> MirrorStatus:
         """Figures of this moment."""
-        dirty, blocking = self._left(), self._top.blocking
+        dirty, blocking = self._pace.left, self._top.blocking
         mode = COPY_MODES[int(blocking)]
-        return MirrorStatus(dirty, *self._rates(dirty), mode, self._primed and blocking and not dirty)
-
-    def _rates(self, dirty: int) -> tuple[float, float]:
-        """Those of the sweeps so far; of the first one, which may take hours, as far as it is."""
-        sweeping = self._sweeping
-        if sweeping is None or self._rate_out:
-            return self._rate_in, self._rate_out
-        before, copied, started = sweeping
-        moved, seconds = self.control.done - copied, max(monotonic() - started, _POLL)
-        return max(0, dirty + moved - before) / seconds, moved / seconds
+        return MirrorStatus(dirty, *self._pace.rates(), mode, self._primed and blocking and not dirty)
 
     def progress(self) -> Progress:
         self._account()

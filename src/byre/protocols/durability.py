@@ -7,7 +7,7 @@ import os
 import threading
 from time import perf_counter_ns
 
-from ..errors import IOFailure, from_oserror
+from ..errors import OutOfService, from_oserror
 from ..graph.node import Stats
 from ..typing import Final
 
@@ -87,7 +87,7 @@ class FlushState:
 
     def _check_locked(self) -> None:
         if self._failure:
-            raise IOFailure(
+            raise OutOfService(
                 f"an earlier flush failed ({self._failure}), so data written before it may be lost",
                 where=self._where,
                 hint="close the file and check what it holds",
