@@ -32,7 +32,7 @@ from support.writers import Writers, until
 
 K, M = 1 << 10, 1 << 20
 SIZE = 4 * M
-WHILE = 0.5
+WHILE = 0.4
 
 
 def digest(data: bytes | bytearray) -> str:
