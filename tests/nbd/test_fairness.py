@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -51,29 +54,42 @@ class Server:
         """Of its own, without what it has mapped of files."""
         return self.status("RssAnon")
 
+    def end(self) -> None:
+        """In time, whatever clients do."""
+        before = time.monotonic()
+        self.process.terminate()
+        assert self.process.wait(10) == 0
+        assert time.monotonic() - before < 5
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("fairness")
-    image, path = folder / "image", folder / "socket"
-    create(str(image), "qcow2", SIZE)
-    command = [sys.executable, "-m", "byre", "serve", "-t", "-e", "0", "-f", "qcow2", "-k", str(path), str(image)]
+
+@contextmanager
+def serving(image: Path, image_format: str) -> Iterator[Server]:
+    """A server, which must end in time."""
+    path = image.parent / "socket"
+    command = [sys.executable, "-m", "byre", "serve", "-t", "-e", "0", "-f", image_format, "-k", str(path), str(image)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: listens(path) or process.poll() is not None, 20)
-            with Talk(path) as talk:
-                talk.start("structured")
-                for number in range(SIZE // 2 // BLOCK):
-                    assert talk.write(number * BLOCK, BLOCKS[number % 16]) == 0
-            yield Server(path, process)
-            process.terminate()
-            before = time.monotonic()
-            assert process.wait(10) == 0
-            assert time.monotonic() - before < 5
+            server = Server(path, process)
+            yield server
+            if process.returncode is None:
+                server.end()
             assert process.stderr is not None
             assert "internal error" not in process.stderr.read()
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    image = tmp_path_factory.mktemp("fairness") / "image"
+    create(str(image), "qcow2", SIZE)
+    with serving(image, "qcow2") as found:
+        with Talk(found.path) as talk:
+            talk.start("structured")
+            for number in range(SIZE // 2 // BLOCK):
+                assert talk.write(number * BLOCK, BLOCKS[number % 16]) == 0
+        yield found
 
 
 def connected(path: Path) -> Talk:
@@ -240,3 +256,99 @@ def test_a_good_client_among_hostile_ones(server: Server, attack: Attack | None)
 def test_afterwards_nothing_is_left_of_them(server: Server) -> None:
     wait_until(lambda: server.status("Threads") < 8, 20)
     wait_until(lambda: server.memory < AROUND, 10)
+
+
+# -- a disk in very many pieces --------------------------------------------------------------------
+
+FRAGMENTED = 256 << 20
+PIECE = 4096
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with raw and qcow2 images in which data and holes of 4 KiB alternate."""
+    folder = tmp_path_factory.mktemp("pieces")
+    with open(folder / "raw", "wb", buffering=0) as file:
+        file.truncate(FRAGMENTED)
+        for number in range(FRAGMENTED // PIECE // 2):
+            os.pwrite(file.fileno(), b"%-*d" % (PIECE, number), number * 2 * PIECE)
+    subprocess.run(
+        [sys.executable, "-m", "byre", "convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={PIECE}",
+         str(folder / "raw"), str(folder / "qcow2")], check=True,
+    )  # fmt: skip
+    return folder
+
+
+def ask_what_there_is(path: Path, stop: threading.Event) -> None:
+    """Block status of everything, all the time; answers are taken."""
+    with connected(path) as talk:
+        talk.start("extended", contexts=("base:allocation",))
+
+        def take() -> None:
+            try:
+                while talk.socket.recv(1 << 20):
+                    pass
+            except OSError:
+                pass
+
+        taker = in_thread(take)
+        try:
+            while not stop.is_set():
+                offset = random.randrange(FRAGMENTED // 4) // PIECE * PIECE
+                talk.request(wire.CMD_BLOCK_STATUS, offset, FRAGMENTED - offset)
+        finally:
+            talk.socket.shutdown(socket.SHUT_RDWR)
+            taker.join(5)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_good_client_among_those_that_ask_what_there_is(pieces: Path, image_format: str) -> None:
+    times: list[float] = []
+    with (
+        serving(pieces / image_format, image_format) as server,
+        attacked(server.path, [ask_what_there_is] * HOSTILE),
+        Talk(server.path, timeout=10) as talk,
+    ):
+        talk.start("structured")
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            number = random.randrange(FRAGMENTED // PIECE // 2)
+            before = time.monotonic()
+            data = talk.read(number * 2 * PIECE, 2 * PIECE)
+            times.append(time.monotonic() - before)
+            assert (int(data[:PIECE]), any(data[PIECE:])) == (number, False)
+            assert server.memory < AROUND
+            time.sleep(0.01)
+        server.end()  # in the middle of it
+    assert max(times) < PATIENCE
+
+
+def test_what_nobody_waits_for_is_left(pieces: Path) -> None:
+    """Clients that have gone leave no work behind but what they wrote."""
+    with serving(pieces / "raw", "raw") as server:
+        for number in range(HOSTILE):
+            with Talk(server.path) as talk:
+                talk.start("extended", contexts=("base:allocation",))
+                talk.request(wire.CMD_WRITE, number * 2 * PIECE, 7, flags=wire.CMD_FLAG_FUA | wire.CMD_FLAG_PAYLOAD_LEN,
+                             payload=b"written")  # fmt: skip
+                for _ in range(30):
+                    talk.request(wire.CMD_CACHE, 0, FRAGMENTED)
+                    talk.request(wire.CMD_BLOCK_STATUS, 0, FRAGMENTED)
+        wait_until(lambda: server.status("Threads") < 8, 2)
+        with Talk(server.path) as talk:
+            talk.start("structured")
+            for number in range(HOSTILE):
+                assert talk.read(number * 2 * PIECE, 7) == b"written"
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_server_that_has_much_to_do_stops_in_time(pieces: Path, image_format: str) -> None:
+    with serving(pieces / image_format, image_format) as server, contextlib.ExitStack() as stack:
+        for number in range(HOSTILE):
+            talk = stack.enter_context(Talk(server.path)).start("extended", contexts=("base:allocation",))
+            for _ in range(4):
+                talk.request(wire.CMD_BLOCK_STATUS, 0, FRAGMENTED)
+                talk.request(wire.CMD_CACHE, 0, FRAGMENTED)
+                talk.request(wire.CMD_WRITE_ZEROES, number * PIECE, FRAGMENTED // 2, flags=wire.CMD_FLAG_NO_HOLE)
+                talk.request(wire.CMD_TRIM, FRAGMENTED // 2 + number * PIECE, FRAGMENTED // 4)
+        server.end()

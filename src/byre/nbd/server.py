@@ -35,6 +35,8 @@ _WALKS: Final = 2
 """Clients for which extents are looked for at a time: more would wait for each other, and short requests for all."""
 STOP_SECONDS: Final = 4.0
 _GRACE: Final = 1.5
+_LOOK: Final = 0.5
+"""Seconds after which the main thread looks for signals: one that comes just before it waits does not wake it."""
 _BACKLOG: Final = 128
 _LINES: Final = 10
 _EXHAUSTED: Final = (errno.ENFILE, errno.EMFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -210,13 +212,13 @@ class Server(Host):
         """Wait until a client was served and the last one has left, or the server was stopped."""
         with self._changed:
             while not self.stopping and (self._connections or not self._served):
-                self._changed.wait()
+                self._changed.wait(_LOOK)
 
     def wait(self) -> None:
         """Wait until the server is stopped."""
         with self._changed:
             while not self.stopping:
-                self._changed.wait()
+                self._changed.wait(_LOOK)
 
     @property
     def connection_count(self) -> int:
