@@ -21,6 +21,7 @@ from .check_compare import Comparison
 from .check_copied import check_copied
 from .check_counts import each_window, with_counters
 from .check_findings import MESSAGE_LIMIT, Aborted, Findings
+from .check_fit import TableFits
 from .check_reader import Subject
 from .check_snapshots import SnapshotTable
 from .check_tables import Walk
@@ -163,12 +164,21 @@ def _check_flags(found: Analysis, control: Control | None, *, mend: bool) -> Non
 
 def _mend(node: Qcow2Node, control: Control | None, fix: str, give_up: bool) -> Findings:
     everything = fix == "all"
+    cut = repair.cut_l1(node) if everything else ""
     found = _analyse(node, control, mend_snapshots=everything, give_up=give_up)
+    if cut:
+        found.findings.messages.insert(0, cut)
     if found.walk is None:
+        found.findings.corruptions_fixed += bool(cut)
         return found.findings
-    zeroed = 0
+    if _uncertain(found.walk, everything):
+        found.findings.say("ERROR an L1 table runs past the end of the file or into other metadata: what is used is "
+                           "not certain, nothing is repaired")  # fmt: skip
+        _check_flags(found, control, mend=False)
+        return found.findings
+    zeroed = int(bool(cut))
     if everything and found.findings.misaligned:
-        zeroed = repair.zero_misaligned(found.walk, found.findings)
+        zeroed += repair.zero_misaligned(found.walk, found.findings)
         found = _analyse(node, control, mend_snapshots=True, give_up=give_up)
     before = found.findings
     if found.walk is None:
@@ -191,6 +201,12 @@ def _mend(node: Qcow2Node, control: Control | None, fix: str, give_up: bool) -> 
     if not findings.check_errors and not findings.corruptions:
         repair.mark_clean(node)
     return findings
+
+
+def _uncertain(walk: Walk, everything: bool) -> bool:
+    """Whether clusters that nothing seems to refer to may be in use, because an L1 table is not to be believed."""
+    fit = TableFits(walk.subject, walk.snapshots.rows).active()
+    return fit.lost or (not everything and (fit.overlong or walk.snapshots.misfit()))
 
 
 def _structure_clusters(walk: Walk) -> Keys:

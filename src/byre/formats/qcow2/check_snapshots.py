@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import printable
 from . import layout
+from .check_fit import TableFits
 from .directories import MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, MAX_SNAPSHOTS
 
 if TYPE_CHECKING:
     from .check_findings import Findings
+    from .check_fit import Fit
     from .check_reader import Subject
 
 __all__ = ["SnapshotRow", "SnapshotTable"]
@@ -139,16 +141,47 @@ class SnapshotTable:
         """Leave out snapshots that nobody can read: their clusters are leaks, which repairing frees, and an entry that
         stays could not even be deleted.
         """
+        if self.rows and not self.subject.header.snapshots_offset:
+            findings.say(f"Discarding {len(self.rows)} snapshots: their table would be the header")
+            self.rows = []
+        fits = TableFits(self.subject, self.rows)
         kept = []
         for index, row in enumerate(self.rows):
+            row = self._fitted(fits, index, row, findings)
             behind = row.l1_size and row.l1_offset >= self.subject.file.size
             wrong = self.l1_problem(row) or (behind and f"ERROR its L1 table at {row.l1_offset:#x} lies behind the end")
+            if not any(row[1:]):
+                wrong = "ERROR the entry is empty"
             if wrong:
                 findings.say(wrong)
                 findings.say(f"Discarding snapshot table entry {index}: the snapshot cannot be read")
             else:
                 kept.append(row)
         self.rows = kept
+
+    def _fitted(self, fits: TableFits, index: int, row: SnapshotRow, findings: Findings) -> SnapshotRow:
+        """``row``, its L1 table cut to what the snapshot needs if it runs into something else."""
+        fit = self._fit(fits, row)
+        if not fit.overlong:
+            return row
+        findings.corrupt(f"Repairing snapshot table entry {index}: its L1 table of {row.l1_size} entries runs into "
+                         f"other metadata, the snapshot needs {fit.needed}")  # fmt: skip
+        self.unfit += 1
+        return row._replace(l1_size=fit.needed)
+
+    def _fit(self, fits: TableFits, row: SnapshotRow) -> Fit:
+        head = self._bytes(row.position, _FIXED.size + 16)
+        state_size, disk_size = int.from_bytes(head[32:36], "big"), self.subject.header.size
+        if row.extra_size >= 8:
+            state_size = int.from_bytes(head[40:48], "big")
+        if row.extra_size >= 16:
+            disk_size = int.from_bytes(head[48:56], "big")
+        return fits.snapshot(row, disk_size, state_size)
+
+    def misfit(self) -> bool:
+        """Whether the L1 table of any snapshot is cut off or too long, so that what it refers to is not certain."""
+        fits = TableFits(self.subject, self.rows)
+        return any(fit.overlong or fit.lost for fit in (self._fit(fits, row) for row in self.rows))
 
     # -- the corrected table ----------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from . import layout
 from .check_copied import Protected
 from .check_counts import DENSE_BYTES, Window, each_window
 from .check_findings import Findings
-from .check_reader import slices
+from .check_fit import TableFits
+from .check_reader import Subject, slices
 from .check_tables import Walk
 from .entries import ALL_ALLOCATED, ZERO
 from .entries_bulk import pack_refcounts
@@ -28,15 +29,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...jobs.job import Control
-    from .check_reader import Subject
     from .image import Qcow2Node
 
-__all__ = ["mark_clean", "rebuild", "zero_misaligned"]
+__all__ = ["cut_l1", "mark_clean", "rebuild", "zero_misaligned"]
 
 _STEP = 1 << 20
 
 
 # -- single entries -------------------------------------------------------------------------------
+
+
+def cut_l1(node: Qcow2Node) -> str:
+    """Cut the active L1 table to what the disk needs, if it runs into other metadata; what was done, "" if nothing.
+
+    Its size is one field of the header: a crash leaves the old or the new one.
+    """
+    file = node.children["file"].node
+    subject = Subject(file, node.header, node.extensions, node.filename)
+    fit = TableFits(subject, []).active()
+    if not fit.overlong:
+        return ""
+    old = node.header.l1_size
+    file.write_from(36, memoryview(fit.needed.to_bytes(4, "big")))
+    file.flush()
+    node.header = node.header._replace(l1_size=fit.needed)
+    return f"Repairing L1 table: its {old} entries run into other metadata, the disk needs {fit.needed}"
 
 
 def zero_misaligned(walk: Walk, findings: Findings) -> int:
