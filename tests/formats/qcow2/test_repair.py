@@ -571,3 +571,20 @@ def test_empty_snapshot_entries_go(tmp_path: Path) -> None:
     assert header(path).nb_snapshots == 1
     assert clean(path)
     assert content(path) == before
+
+
+def test_a_snapshot_table_that_reaches_past_the_end_is_not_freed(tmp_path: Path) -> None:
+    """A damaged length of an id: the entry is cut off by the end of the file, the snapshot itself is whole."""
+    path, table = snapshotted(tmp_path / "a.qcow2")
+    before, shot_l1 = content(path), word(path, table)
+    put(path, table + 12, 0xFFFF, ">H")
+    damaged = path.read_bytes()
+    assert check(path, "leaks").corruptions
+    assert path.read_bytes() == damaged
+    assert check(path, "all")[:3] == (0, 0, 0)
+    assert clean(path)
+    assert header(path).nb_snapshots == 1
+    assert word(path, header(path).snapshots_offset) == shot_l1
+    assert content(path) == before
+    again = check(path, "all")
+    assert again[:5] == (0, 0, 0, 0, 0)

@@ -40,7 +40,8 @@ class SnapshotTable:
 
     :ivar size: bytes of the table
     :ivar count: entries the header should name; below ``header.nb_snapshots`` where some were given up
-    :ivar unfit: entries whose extra data must be rewritten
+    :ivar unfit: entries that must be rewritten
+    :ivar outside: the table reaches past the end of the file
     """
 
     def __init__(self, subject: Subject, findings: Findings, *, repair: bool, give_up: bool = False) -> None:
@@ -52,6 +53,7 @@ class SnapshotTable:
         self.rows: list[SnapshotRow] = []
         self.size = 0
         self.unfit = 0
+        self.outside = False
         self._chunk = memoryview(b"")
         self._chunk_at = 0
         self._read(findings, repair, give_up)
@@ -87,7 +89,11 @@ class SnapshotTable:
             self.rows.append(row)
             position = end
         self.size = position - header.snapshots_offset
+        end = position if self.size else 0
+        self.outside = end - self.subject.file_length >= header.cluster_size
         if give_up:
+            # Nothing counts a table that is cut off: where it lies, its clusters would be leaks.
+            self.unfit += self.outside
             self._give_up_lost(findings)
         findings.corruptions += self.dropped
         if header.version >= 3:
@@ -179,7 +185,9 @@ class SnapshotTable:
         return fits.snapshot(row, disk_size, state_size)
 
     def misfit(self) -> bool:
-        """Whether the L1 table of any snapshot is cut off or too long, so that what it refers to is not certain."""
+        """Whether the table, or any L1 table it names, is cut off or too long: what is used is not certain then."""
+        if self.outside:
+            return True
         fits = TableFits(self.subject, self.rows)
         return any(fit.overlong or fit.lost for fit in (self._fit(fits, row) for row in self.rows))
 
