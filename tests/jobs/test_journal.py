@@ -96,6 +96,26 @@ def test_a_change_while_a_range_is_copied_counts(path: str) -> None:
     assert runs(Journal.open(path)) == [(0, 2 * UNIT), (3 * UNIT, 2 * UNIT), (6 * UNIT, 4 * UNIT)]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_many_changes_while_a_range_is_copied_count(path: str, seed: int) -> None:
+    """Hundreds, under a busy writer; the work and the memory that they take are those of a list."""
+    chooser = random.Random(seed)
+    journal = Journal.create(path, ABOUT, 100 * UNIT, UNIT)
+    spoiled = journal.begin_copy(0, 100 * UNIT)
+    left = set(range(100))
+    for number in range(300):
+        first = chooser.randrange(80 if number % 3 else 20)
+        count = chooser.choice((1, 1, 2))
+        if number < 12 or first < 8:
+            left -= set(range(first, first + count))
+            journal.end_change(journal.begin_change(first * UNIT, count * UNIT))
+    journal.finished(0, 100 * UNIT, spoiled)
+    journal.end_copy(spoiled)
+    journal.checkpoint(nothing)
+    done = [range(start // UNIT, (start + length) // UNIT) for start, length in runs(Journal.open(path))]
+    assert {part for parts in done for part in parts} == left
+
+
 def test_checkpoints_come_by_themselves(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

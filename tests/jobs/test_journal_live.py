@@ -5,19 +5,24 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import byre
+from byre.filters.base import FilterNode
 from byre.graph import chain
 from byre.graph.graph import Graph
+from byre.graph.live import insert_filter, quiesce, remove_filter
+from byre.jobs import journal as journals
 from byre.jobs.active_commit import ActiveCommitJob, active_commit_journal
 from byre.jobs.backup import BackupJob, BackupOptions, backup_journal
 from byre.jobs.journal import Journal
 from byre.jobs.live_commit import LiveCommitJob, live_commit_journal
 from byre.jobs.mirror import MirrorJob, MirrorOptions, mirror_journal
+from support.writers import until
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -185,3 +190,58 @@ def test_a_commit_of_the_active_layer_goes_on() -> None:
         assert source.filename == "base.qcow2"
     assert read("base.qcow2") == held, "other bytes"
     assert not Path("journal").exists()
+
+
+class SlowFlush(FilterNode):
+    """The first flush takes its time, and is right only if the graph stays as it is meanwhile."""
+
+    driver = "slow-flush"
+
+    def __init__(self) -> None:
+        super().__init__(name="slow")
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.removed_meanwhile = False
+
+    def flush(self) -> None:
+        if threading.current_thread().name == "journal" and not self.begun.is_set():
+            self.begun.set()
+            self.go_on.wait(10)
+            self.removed_meanwhile = "file" not in self.children
+        if "file" in self.children:
+            self.below.flush()
+
+
+@pytest.mark.parametrize("kind", ["mirror", "backup"])
+def test_the_graph_does_not_change_below_a_journal_that_flushes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter below the target is removed at that moment: the target would be taken out of service."""
+    monkeypatch.setattr(journals, "_INTERVAL", 0.02)
+    make_disks()
+    graph = Graph()
+    source = byre.open("source.qcow2", read_only=False, graph=graph)
+    target = byre.open("target.qcow2", read_only=False, graph=graph)
+    slow = SlowFlush()
+    graph.add(slow)
+    insert_filter(graph, slow, target.node.children["file"].node)
+    options = MirrorOptions() if kind == "mirror" else BackupOptions()
+    journal = (mirror_journal if kind == "mirror" else backup_journal)("j", source, target, options, resume=False)  # type: ignore[operator]
+    job = (MirrorJob if kind == "mirror" else BackupJob)(source, target, options, journal=journal, speed=8 * MIB)  # type: ignore[operator]
+    job.start()
+    assert slow.begun.wait(10)
+
+    def remove() -> None:
+        with quiesce(graph, [slow]):
+            remove_filter(graph, slow)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    time.sleep(0.05)
+    slow.go_on.set()
+    remover.join(10)
+    assert not remover.is_alive()
+    assert not slow.removed_meanwhile
+    job.set_speed(0)
+    until(lambda: job.state.name in ("READY", "CONCLUDED", "NULL"))
+    if kind == "mirror":
+        job.complete()
+    assert job.join(10)
+    assert job.error is None

@@ -264,7 +264,7 @@ class BackupJob(Job):
 
     def run(self, control: Control) -> None:
         if self.journal is not None:
-            self.journal.start(self._flush_target)
+            self.journal.start(self._flush_target, self._copy.request)
         self._copy.look_for_holes()
         self._account()
         if self.options.sync == "none":
@@ -355,7 +355,8 @@ class BackupJob(Job):
         self.journal.ensure(offset, length, self._flush_target)
 
     def _flush_target(self) -> None:
-        # Past the gate: a writer that waits for this holds up those who change the graph, and those hold the gate.
+        # Past the gate: a writer that waits for this holds up those who change the graph, and those hold the gate. The
+        # graph stays as it is all the same: the writer is within a request to a disk above, the journal within its own.
         self._writer.node.flush()
 
     # -- what needs no copying --------------------------------------------------------------------

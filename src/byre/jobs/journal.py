@@ -13,7 +13,7 @@ import stat
 import struct
 import threading
 import zlib
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -279,13 +279,14 @@ class Journal:
 
         :param spoiled: parts (first, behind) that were changed while the range was copied, see :meth:`begin_copy`
         """
-        parts = [self._inside(offset, length)]
+        position, end = self._inside(offset, length)
         with self._lock:
-            for low, high in (*self._writes, *spoiled):
-                parts = [part for first, last in parts for part in ((first, min(last, low)), (max(first, high), last))]
-            for first, last in parts:
-                if first < last:
-                    self._set(self._pending, first, last)
+            for low, high in sorted({*self._writes, *spoiled}):
+                if position < min(low, end):
+                    self._set(self._pending, position, min(low, end))
+                position = max(position, high)
+            if position < end:
+                self._set(self._pending, position, end)
 
     def begin_copy(self, offset: int, length: int) -> list[tuple[int, int]]:
         """A range is about to be read that others may change meanwhile; to be ended with :meth:`end_copy`.
@@ -386,13 +387,19 @@ class Journal:
         except OSError as error:
             raise from_oserror(error, "cannot write the journal", self.path) from None
 
-    def start(self, flush: Callable[[], None]) -> None:
-        """Make a checkpoint every second, on a thread of its own, until :meth:`stop`."""
+    def start(self, flush: Callable[[], None],
+              request: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:  # fmt: skip
+        """Make a checkpoint every second, on a thread of its own, until :meth:`stop`.
+
+        :param request: entered around each, before others have to wait for it: for a ``flush`` that passes the gates of
+            its disks, so that their graph stays as it is meanwhile
+        """
 
         def run() -> None:
             while not self._stop.wait(_INTERVAL):
                 try:
-                    self.checkpoint(flush)
+                    with request():
+                        self.checkpoint(flush)
                 except ByreError:
                     return  # less is known to be done; the job meets the same error where it matters
 

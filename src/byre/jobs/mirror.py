@@ -252,7 +252,7 @@ class MirrorJob(Job):
         if self.options.sync != "none":
             self._mark_initial(control)
         if self.journal is not None:
-            self.journal.start(self._flush_both)
+            self.journal.start(self._flush_both, self._copy.request)
         self._primed = True
         self._account()
         self._pace.start()
