@@ -192,6 +192,15 @@ class FormatNode(Node):
     def write_back(self) -> None:
         """Dirty tables to the child, in safe order."""
 
+    def write_back_apart(self) -> bool:
+        """The same, called without the lock, which is not held while the disk is waited for.
+
+        Takes the node out of service itself if that fails.
+
+        :returns: False if :meth:`write_back` has to be called
+        """
+        return False
+
     # -- requests: all in the engine --------------------------------------------------------------
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

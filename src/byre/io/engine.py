@@ -473,6 +473,7 @@ def flush(node: FormatNode) -> None:
     :raises IOFailure: a write or flush below failed; the node is out of service from then on
     """
     started = perf_counter_ns()
+    apart = not node.read_only and node.failure is None and node.write_back_apart()
     with node.lock:
         node.check_failure()
         if node.read_only:
@@ -480,16 +481,16 @@ def flush(node: FormatNode) -> None:
         try:
             if node.report is not None:
                 node.report("flush_to_os")
-            node.write_back()
+            if not apart:
+                node.write_back()
         except BaseException as error:
             node.stats.failed(4)
             node.fail_stop(error)
             raise
-    children = list(node.children.items())
     try:
         if node.report is not None:
             node.report("flush_to_disk")
-        for name, child in children:
+        for name, child in list(node.children.items()):
             if name != "backing":
                 child.node.flush()
     except BaseException as error:

@@ -106,6 +106,7 @@ class TableCache:
     :ivar part_length: bytes of a part, a power of two; 0 to keep whole tables only
     :ivar parts: words of tables that are not here as a whole, by the offset of the part; they count as much as the
         tables they are of
+    :ivar rounds: how often all that changed was written
     :ivar clean_interval: seconds after which a clean table that was not used is dropped; 0 for never
     :ivar report: told ``load_event`` and ``update_event`` before a table is read or written
     """
@@ -123,6 +124,7 @@ class TableCache:
         self.dirty: dict[int, Table] = {}
         self.part_length = 0
         self.parts: dict[int, array[int]] = {}
+        self.rounds = 0
         self._relieve = relieve
         self.vet: Callable[[int], None] | None = None
         self.clean_interval = 0
@@ -210,6 +212,7 @@ class TableCache:
     def write_dirty(self) -> int:
         """Write the changed pages; the number of tables written."""
         count = len(self.dirty)
+        self.rounds += 1
         for host in sorted(self.dirty):
             table = self.dirty[host]
             if self.vet is not None:
@@ -221,6 +224,26 @@ class TableCache:
             table.dirty.clear()
         self.dirty.clear()
         return count
+
+    def copies(self) -> list[tuple[Table, int, int, bytes | bytearray]]:
+        """(table, start, end, bytes) of all that changed, as it is now."""
+        tables = [self.dirty[host] for host in sorted(self.dirty)]
+        return [(table, start, end, table.encoded(start, end))
+                for table in tables for start, end in page_runs(table.dirty, self.length)]  # fmt: skip
+
+    def write_copies(self, copies: list[tuple[Table, int, int, bytes | bytearray]]) -> None:
+        """Write what was copied; what has changed since stays to be written. There was no other round in between."""
+        for table, start, end, data in copies:
+            if self.dirty.get(table.host) is not table:
+                continue  # it exists no longer
+            if self.vet is not None:
+                self.vet(table.host)
+            self.file.write_from(table.host + start, memoryview(data))
+            for at in range(start, end, PAGE):
+                if table.encoded(at, min(at + PAGE, end)) == data[at - start : at - start + PAGE]:
+                    table.dirty.discard(at // PAGE)
+            if not table.dirty:
+                del self.dirty[table.host]
 
     def clean(self) -> None:
         """If it is time: drop clean tables that were not used since the last time. No thread does that by itself."""

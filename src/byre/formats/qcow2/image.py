@@ -6,6 +6,7 @@ resizing in :mod:`.resizing`, checking in :mod:`.check`.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from functools import partial
 
@@ -80,6 +81,8 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
         self.refcounts: Refcounts | None = None
         self.report = file.debug_event if file.takes_events else None
         self._writing = False
+        #: Held by who writes back with ``lock`` let go in between; taken before ``lock``.
+        self.writing_back = threading.Lock()
         #: Reference counts may wait; the dirty bit on disk is this node's own.
         self.lazy_refcounts = self.marked_dirty = False
         self.guard: Guard | None = None
@@ -389,6 +392,11 @@ class Qcow2Node(WithAmending, WithBitmaps, WithSnapshots, FormatNode):
         from .writeback import write_back
 
         self._guarded(lambda: write_back(self))
+
+    def write_back_apart(self) -> bool:
+        from .writeback import write_back_apart
+
+        return write_back_apart(self)
 
     def settle(self) -> None:
         """Write everything back, also reference counts that may wait; lock held."""

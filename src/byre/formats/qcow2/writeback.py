@@ -2,8 +2,8 @@
 
 With lazy reference counts a flush leaves the counts in memory: the dirty bit says so on disk, durable before the first
 table that relies on them, and goes once they are written (closing, reopening, checking). A crash in between costs a
-rebuild of the counts when the image is next opened for writing, and nothing else. Everything here is called with the
-node's lock held.
+rebuild of the counts when the image is next opened for writing, and nothing else. Everything here but
+``write_back_apart`` is called with the node's lock held.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import layout
 if TYPE_CHECKING:
     from .image import Qcow2Node
 
-__all__ = ["mark_clean", "punch_kept", "set_features", "settle", "write_back"]
+__all__ = ["mark_clean", "punch_kept", "set_features", "settle", "write_back", "write_back_apart"]
 
 _FEATURES_AT = 72
 
@@ -46,6 +46,43 @@ def write_back(node: Qcow2Node, *, counts: bool = False) -> None:
         _write_counts(node, wait=node.lazy_refcounts and not counts)
     mapping.l2.clean()
     refcounts.blocks.clean()
+
+
+def write_back_apart(node: Qcow2Node) -> bool:
+    """Refcounts | L2 tables, with the node's lock let go during the flush: who looks something up waits for no disk.
+
+    Called without the lock. What goes to the tables on disk was copied before the flush, so that it names nothing that
+    the flush does not cover; what was published meanwhile stays to be written.
+
+    :returns: False if there is more to write than that, which :func:`write_back` can
+    """
+    if node.report is not None or not node.mapping.l2.dirty:
+        return False
+    with node.writing_back:
+        with node.lock:
+            node.check_failure()
+            mapping, refcounts = node.mapping, node.refcounts
+            if refcounts is None or refcounts.ready or mapping.l1_dirty:
+                return False
+            node._guarded(lambda: _write_counts(node, wait=node.lazy_refcounts))
+            l2 = mapping.l2
+            rounds, copies = l2.rounds, l2.copies()
+        if not copies:
+            return True
+        try:
+            _flush_data(node)
+        except BaseException as error:
+            with node.lock:
+                node.fail_stop(error)
+            raise
+        with node.lock:
+            node.check_failure()
+            # Whoever wrote all tables meanwhile wrote these as well, and clusters may have been reused since.
+            if node.mapping is mapping and l2.rounds == rounds:
+                node._guarded(lambda: l2.write_copies(copies))
+            l2.clean()
+            refcounts.blocks.clean()
+    return True
 
 
 def settle(node: Qcow2Node) -> None:
