@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import struct
@@ -36,6 +37,15 @@ def clean(path: Path) -> bool:
 def content(path: Path) -> bytes:
     with byre.open(str(path), backing=False) as image:
         return bytes(image.read(0, image.size))
+
+
+def digest(path: Path) -> str:
+    """Of what the guest sees."""
+    return hashlib.sha256(content(path)).hexdigest()
+
+
+def raw_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def word(path: Path, offset: int) -> int:
@@ -588,3 +598,145 @@ def test_a_snapshot_table_that_reaches_past_the_end_is_not_freed(tmp_path: Path)
     assert content(path) == before
     again = check(path, "all")
     assert again[:5] == (0, 0, 0, 0, 0)
+
+
+# -- bitmaps whose bits or table are lost ---------------------------------------------------------
+
+
+GRANULARITY = 65_536
+
+
+@pytest.fixture
+def bitmapped(tmp_path: Path) -> Path:
+    """4 KiB clusters; the bitmap "b" says that the second and the last 64 KiB of the disk changed, "c" nothing."""
+    path = tmp_path / "a.qcow2"
+    byre.create(str(path), "qcow2", SIZE, options={"cluster_size": 4096})
+    with byre.open(str(path), read_only=False) as image:
+        image.node.bitmap_store().add("b", GRANULARITY)  # type: ignore[attr-defined]
+        image.node.bitmap_store().add("c", 4096, enabled=False)  # type: ignore[attr-defined]
+    with byre.open(str(path), read_only=False) as image:
+        image.write(GRANULARITY, b"n" * 4096)
+        image.write(SIZE - 4096, b"n" * 4096)
+    assert changed(path) == {"b": 2 * GRANULARITY, "c": 0}
+    return path
+
+
+def bitmap_table(path: Path, number: int = 0) -> tuple[int, int]:
+    """Where the directory entry of a bitmap is, and its table. Both entries are 32 bytes long."""
+    data = path.read_bytes()
+    directory: int = struct.unpack_from(">Q", data, data.index(struct.pack(">II", 0x2385_2875, 24)) + 24)[0]
+    return directory + 32 * number, word(path, directory + 32 * number)
+
+
+def changed(path: Path) -> dict[str, int]:
+    """Bytes that each bitmap calls changed; all of them must be usable."""
+    with byre.open(str(path)) as image:
+        found = image.node.bitmap_store().all()  # type: ignore[attr-defined]
+        assert not any(bitmap.inconsistent for bitmap in found)
+        return {bitmap.name: bitmap.dirty_bytes for bitmap in found}
+
+
+@pytest.mark.parametrize("place", [0x7F_0000, 0x80_0000_0000_0000])
+def test_bits_past_the_end_of_the_file_count_as_changed(bitmapped: Path, place: int) -> None:
+    before = digest(bitmapped)
+    _, table = bitmap_table(bitmapped)
+    put(bitmapped, table, place)
+    assert check(bitmapped).corruptions == 1
+    assert check(bitmapped, "leaks").corruptions == 1
+    assert word(bitmapped, table) == place
+    result = check(bitmapped, "all")
+    assert result[0] == result[2] == 0
+    assert result.corruptions_fixed == 1
+    assert any("bitmap 'b': 1 clusters of its bits" in line for line in result.messages)
+    assert word(bitmapped, table) == 1
+    assert clean(bitmapped)
+    assert changed(bitmapped) == {"b": SIZE, "c": 0}
+    assert digest(bitmapped) == before
+    assert check(bitmapped, "all")[:5] == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bitmap_whose_table_is_lost_stays_and_counts_all_as_changed(bitmapped: Path, number: int, size: int) -> None:
+    before = digest(bitmapped)
+    place, _ = bitmap_table(bitmapped, number)
+    put(bitmapped, place, 0x7F_F000)
+    put(bitmapped, place + 8, size, ">I")
+    assert check(bitmapped).corruptions == 1
+    result = check(bitmapped, "all")
+    assert result[0] == result[2] == 0
+    assert result.corruptions_fixed == 1
+    name = "bc"[number]
+    assert any(f"bitmap '{name}': its table at 0x7ff000 lies past the end" in line for line in result.messages)
+    assert clean(bitmapped)
+    assert changed(bitmapped) == {"b": 2 * GRANULARITY, "c": 0} | {name: SIZE}
+    assert digest(bitmapped) == before
+    with byre.open(str(bitmapped), read_only=False) as image:  # the new table can be let go of again
+        image.node.bitmap_store().remove(name)  # type: ignore[attr-defined]
+    assert clean(bitmapped)
+
+
+def test_bitmaps_are_left_alone_while_something_else_is_wrong(bitmapped: Path) -> None:
+    """A file that grows would bring other references past its end to life."""
+    place, _ = bitmap_table(bitmapped)
+    put(bitmapped, place, 0x7F_F000)
+    put(bitmapped, l2(bitmapped, 0), 0x7F_E000 | COPIED)
+    assert check(bitmapped, "all").corruptions == 2
+    assert word(bitmapped, place) == 0x7F_F000
+
+
+def test_a_table_that_others_use_is_not_written(bitmapped: Path) -> None:
+    """The table of the bitmap would be an L2 table, whose entries are no bits."""
+    place, _ = bitmap_table(bitmapped)
+    put(bitmapped, place, l2(bitmapped, 0))
+    put(bitmapped, l2(bitmapped, 0), 0x7F_E000)
+    put(bitmapped, l2(bitmapped, 16), 0)
+    put(bitmapped, l2(bitmapped, 511), 0)
+    table = l2(bitmapped, 0)
+    check(bitmapped, "all")
+    assert word(bitmapped, table) & OFFSET == 0x7F_E000
+
+
+# -- L1 entries that point nowhere ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", [0x200, 0x1, COPIED, COPIED | 0x7F00_0000_0000_0E01])
+def test_an_l1_entry_that_points_to_no_cluster_is_cleared(image: Path, entry: int) -> None:
+    before = digest(image)
+    at = header(image).l1_table_offset + 8 * (header(image).l1_size - 1)
+    assert word(image, at) == 0
+    put(image, at, entry)
+    assert check(image).corruptions
+    check(image, "leaks")
+    assert word(image, at) == entry
+    result = check(image, "all")
+    assert result[:3] == (0, 0, 0)
+    assert result.corruptions_fixed
+    assert any(f"{entry:x} points to no L2 table" in line for line in result.messages)
+    assert word(image, at) == 0
+    assert clean(image)
+    assert digest(image) == before
+    assert check(image, "all")[:5] == (0, 0, 0, 0, 0)
+
+
+def test_an_l1_entry_into_a_whole_table_is_not_cleared(image: Path) -> None:
+    at = header(image).l1_table_offset
+    put(image, at, word(image, at) | 0x200)
+    check(image, "all")
+    assert word(image, at) & OFFSET & ~0xFFF
+
+
+def test_a_snapshot_table_that_reaches_into_other_metadata_is_written_anew(tmp_path: Path) -> None:
+    """A damaged length of an id, that ends inside the file."""
+    path, table = snapshotted(tmp_path / "a.qcow2")
+    before, shot_l1 = digest(path), word(path, table)
+    put(path, table + 12, 0x3001, ">H")
+    damaged = raw_digest(path)
+    assert check(path, "leaks").corruptions
+    assert raw_digest(path) == damaged
+    assert check(path, "all")[:3] == (0, 0, 0)
+    assert clean(path)
+    assert header(path).nb_snapshots == 1
+    assert word(path, header(path).snapshots_offset) == shot_l1
+    assert digest(path) == before
+    assert check(path, "all")[:5] == (0, 0, 0, 0, 0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...errors import Cancelled, Corrupt, ImageError, InvalidArgument, IOFailure, ReadOnly
-from . import layout, repair
+from . import layout, repair, repair_bitmaps
 from .check_compare import Comparison
 from .check_copied import check_copied
 from .check_counts import each_window, with_counters
@@ -172,14 +172,14 @@ def _mend(node: Qcow2Node, control: Control | None, fix: str, give_up: bool) -> 
         found.findings.corruptions_fixed += bool(cut)
         return found.findings
     if _uncertain(found.walk, everything):
-        found.findings.say("ERROR an L1 table runs past the end of the file or into other metadata: what is used is "
-                           "not certain, nothing is repaired")  # fmt: skip
+        found.findings.say("ERROR an L1 table or the snapshot table runs past the end of the file or into other "
+                           "metadata: what is used is not certain, nothing is repaired")  # fmt: skip
         _check_flags(found, control, mend=False)
         return found.findings
     zeroed = int(bool(cut))
-    if everything and found.findings.misaligned:
-        zeroed += repair.zero_misaligned(found.walk, found.findings)
-        found = _analyse(node, control, mend_snapshots=True, give_up=give_up)
+    if everything and (found.findings.misaligned or found.findings.nowhere):
+        found, more = _zeroed(node, control, found, give_up, int(bool(cut)))
+        zeroed += more
     before = found.findings
     if found.walk is None:
         return before
@@ -198,9 +198,37 @@ def _mend(node: Qcow2Node, control: Control | None, fix: str, give_up: bool) -> 
     # Without "all", flags are set right only where the counts are certain.
     certain = not (findings.check_errors or findings.corruptions or findings.leaks)
     _check_flags(found, control, mend=everything or certain)
+    if everything and repair_bitmaps.mend_bitmaps(node, found.subject, findings):
+        _recount(node, control, found)
     if not findings.check_errors and not findings.corruptions:
         repair.mark_clean(node)
     return findings
+
+
+def _zeroed(node: Qcow2Node, control: Control | None, found: Analysis, give_up: bool,
+            first: int) -> tuple[Analysis, int]:  # fmt: skip
+    """Clear entries whose offsets are useless, and look again; how many were cleared.
+
+    :param first: so many of the messages so far are kept: they are about what was mended
+    """
+    before = found.findings
+    assert found.walk is not None
+    said = len(before.messages)
+    kept = before.messages[:first]
+    done = repair.zero_misaligned(found.walk, before) if before.misaligned else 0
+    done += repair.zero_nowhere(found.walk, before) if before.nowhere else 0
+    again = _analyse(node, control, mend_snapshots=True, give_up=give_up)
+    again.findings.messages = kept + before.messages[said:] + again.findings.messages
+    return again, done
+
+
+def _recount(node: Qcow2Node, control: Control | None, found: Analysis) -> None:
+    """What is still wrong, after bitmaps were mended."""
+    findings, after = found.findings, _analyse(node, control, width=found.width).findings
+    findings.corruptions_fixed += max(0, findings.corruptions - after.corruptions)
+    findings.corruptions, findings.leaks = after.corruptions, after.leaks
+    findings.check_errors += after.check_errors
+    findings.image_end = after.image_end
 
 
 def _uncertain(walk: Walk, everything: bool) -> bool:

@@ -21,6 +21,7 @@ class Findings:
     :ivar rebuild: the refcount structures cannot be mended in place
     :ivar outside: a refcount block lies past the end of the file
     :ivar suspect: a COPIED flag may disagree with its reference count
+    :ivar nowhere: an entry of the active L1 table points into the header's cluster
     :ivar misaligned: (L2 table offset, entry index, entry) of preallocated clusters that are not aligned
     """
 
@@ -29,7 +30,7 @@ class Findings:
         self.corruptions_fixed = self.leaks_fixed = 0
         self.total = self.allocated = self.fragmented = self.compressed = 0
         self.image_end = 0
-        self.rebuild = self.outside = self.suspect = False
+        self.rebuild = self.outside = self.suspect = self.nowhere = False
         self.misaligned: list[tuple[int, int, int]] = []
         self.messages: list[str] = []
         self.left_out = 0

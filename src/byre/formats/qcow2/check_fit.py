@@ -66,10 +66,14 @@ class TableFits:
             return Fit(needed, False, False)
         if end - subject.file_length >= subject.cluster_size:
             return Fit(needed, True, False)
+        return Fit(needed, self.collides(max(enough, offset + 1), end), False)
+
+    def collides(self, start: int, end: int) -> bool:
+        """Whether other metadata begin in ``[start, end)``."""
         if self._places is None:
             self._places = self._find_places()
-        first, last = np.searchsorted(self._places, (max(enough, offset + 1), end)).tolist()
-        return Fit(needed, last > first, False)
+        first, last = np.searchsorted(self._places, (start, end)).tolist()
+        return bool(last > first)
 
     def _find_places(self) -> Keys:
         """Where other metadata begin, ascending: tables, refcount blocks, L2 tables of the active layer."""

@@ -94,10 +94,24 @@ class SnapshotTable:
         if give_up:
             # Nothing counts a table that is cut off: where it lies, its clusters would be leaks.
             self.unfit += self.outside
+            self._leave_others(findings)
             self._give_up_lost(findings)
         findings.corruptions += self.dropped
         if header.version >= 3:
             self._find_incomplete(findings, repair)
+
+    def _leave_others(self, findings: Findings) -> None:
+        """Have a table that is so long that it reaches into other metadata written anew, elsewhere."""
+        if not self.outside and self._overlong():
+            self.unfit += 1
+            findings.corrupt(f"Repairing snapshot table: its {self.size} bytes run into other metadata")
+
+    def _overlong(self) -> bool:
+        start = self.subject.header.snapshots_offset
+        # The L1 tables may lie within what is wrong about the table: they are not looked at.
+        return self.size > self.subject.cluster_size and TableFits(self.subject, []).collides(
+            start + 1, start + self.size
+        )
 
     def _oversized(self, index: int, row: SnapshotRow, findings: Findings, repair: bool) -> None:
         if not repair:
@@ -186,7 +200,7 @@ class SnapshotTable:
 
     def misfit(self) -> bool:
         """Whether the table, or any L1 table it names, is cut off or too long: what is used is not certain then."""
-        if self.outside:
+        if self.outside or self._overlong():
             return True
         fits = TableFits(self.subject, self.rows)
         return any(fit.overlong or fit.lost for fit in (self._fit(fits, row) for row in self.rows))

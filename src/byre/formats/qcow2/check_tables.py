@@ -213,6 +213,7 @@ class Walk:
             for word in _listed(words, words & np.uint64(entries.L1_RESERVED) != 0, total, findings):
                 findings.say(f"ERROR found L1 entry with reserved bits set: {word:x}", total)
         offsets = (words & np.uint64(entries.OFFSET_MASK)).view(np.int64)
+        findings.nowhere |= bool(active and (offsets < subject.cluster_size).any())
         beyond = offsets >= subject.file_length
         if beyond.any():
             findings.suspect = True

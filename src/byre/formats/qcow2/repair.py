@@ -1,5 +1,5 @@
 """What repairing a qcow2 image writes, besides single counts and flags: new refcount structures, a new snapshot
-table, zeroed L2 entries, the header's feature bits.
+table, zeroed L1 and L2 entries, the header's feature bits. Bitmaps are in :mod:`.repair_bitmaps`.
 
 Order (a crash leaves the image no worse than it was): everything new is written to clusters nothing refers to, and
 flushed; then header bytes 48 to 71, which lie in one sector, switch to it; then that is flushed.
@@ -14,13 +14,13 @@ import numpy as np
 
 from ...errors import ByreError, NoSpace
 from . import layout
-from .check_copied import Protected
+from .check_copied import L1_STEP, Protected
 from .check_counts import DENSE_BYTES, Window, each_window
 from .check_findings import Findings
 from .check_fit import TableFits
-from .check_reader import Subject, slices
+from .check_reader import Subject, segments, slices
 from .check_tables import Walk
-from .entries import ALL_ALLOCATED, ZERO
+from .entries import ALL_ALLOCATED, OFFSET_MASK, ZERO
 from .entries_bulk import pack_refcounts
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ...jobs.job import Control
     from .image import Qcow2Node
 
-__all__ = ["cut_l1", "mark_clean", "rebuild", "zero_misaligned"]
+__all__ = ["cut_l1", "mark_clean", "rebuild", "zero_misaligned", "zero_nowhere"]
 
 _STEP = 1 << 20
 
@@ -81,6 +81,44 @@ def zero_misaligned(walk: Walk, findings: Findings) -> int:
     if done:
         subject.file.flush()
     return done
+
+
+def zero_nowhere(walk: Walk, findings: Findings) -> int:
+    """Clear entries of the active L1 table that point into the header's cluster; how many were.
+
+    No L2 table can be there: what such an entry mapped is lost already, and nothing could be written behind it.
+    """
+    subject, header = walk.subject, walk.subject.header
+    start, length = header.l1_table_offset, header.l1_size * 8
+    if Protected(walk, l1=False).overlaps(start, length) or _holds_l2(walk, start, start + length):
+        return 0
+    done = 0
+    for first in range(0, header.l1_size, L1_STEP):
+        raw = subject.read(start + first * 8, min(L1_STEP, header.l1_size - first) * 8).view(">u8")
+        words = raw.astype(np.uint64)
+        rows = np.flatnonzero((words != 0) & (words & np.uint64(OFFSET_MASK) < np.uint64(subject.cluster_size)))
+        for row in rows[: findings.room].tolist():
+            findings.say(f"Repairing L1 entry {first + row}: {int(words[row]):x} points to no L2 table, what it "
+                         "mapped is lost")  # fmt: skip
+        raw[rows] = 0
+        for page in np.unique(rows >> 6).tolist():
+            part = raw[page << 6 : (page + 1) << 6].tobytes()
+            subject.file.write_from(start + (first + (page << 6)) * 8, memoryview(part))
+        done += len(rows)
+    if done:
+        subject.file.flush()
+    return done
+
+
+def _holds_l2(walk: Walk, start: int, end: int) -> bool:
+    """Whether an L2 table of a snapshot lies in ``[start, end)``."""
+    low, high = np.uint64(max(0, start - walk.subject.cluster_size + 1)), np.uint64(end)
+    for part in segments((row.l1_offset, row.l1_size * 8, False) for row in walk.snapshots.rows):
+        for words in walk.subject.words(part.start, part.end):
+            places = words & np.uint64(OFFSET_MASK)
+            if ((places >= low) & (places < high) & (places != 0)).any():
+                return True
+    return False
 
 
 def mark_clean(node: Qcow2Node) -> None:
