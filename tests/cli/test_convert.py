@@ -264,6 +264,31 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_salvage_warns_of_what_a_filter_above_a_format_cannot_tell(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = random.Random(7).randbytes(1 << 20)
+    byre.create("a.qcow2", "qcow2", 1 << 20)
+    with byre.open("a.qcow2", read_only=False) as image:
+        image.write(0, data)
+    rules = [{"event": "none", "iotype": "block-status", "errno": 5, "sector": sector} for sector in (16, 1025)]
+    rules.append({"event": "none", "iotype": "read", "errno": 5, "sector": 1025})
+    source = {"driver": "blkdebug", "image": {"driver": "qcow2", "file": {"driver": "file", "filename": "a.qcow2"}},
+              "inject-error": rules}  # fmt: skip
+    name = "json:" + json.dumps(source)
+    assert main(["convert", "--salvage", name, "b"]) == 0
+    said = capsys.readouterr().err
+    for sector in (16, 1025):
+        assert f"warning: error while reading block status at offset {sector * 512}: " in said
+    assert f"warning: error while reading offset {1025 * 512}: " in said
+    assert len(said.splitlines()) == 3
+    found = Path("b").read_bytes()
+    kept = data[: 1025 * 512] + bytes(512) + data[1026 * 512 :]
+    assert hashlib.sha256(found).digest() == hashlib.sha256(kept).digest()
+    assert main(["convert", name, "b"]) == 1
+    assert "Input/output error" in capsys.readouterr().err
+
+
 def test_salvage_warns_of_what_an_image_cannot_tell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only there is it taken for data: the hole around it stays one."""
     with (here / "a").open("wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import threading
 from contextlib import suppress
@@ -16,9 +17,11 @@ from byre.filters.snapshot_access import SnapshotAccessNode
 from byre.formats.qcow2.image import Qcow2Node
 from byre.graph import chain
 from byre.graph.graph import Graph
+from byre.graph.live import insert_filter, quiesce, remove_filter
 from byre.graph.node import PERM_RESIZE, PERM_WRITE, Node
 from byre.image import Image
 from byre.io.extent import DATA, ZERO
+from byre.jobs.control import Control
 from byre.protocols.memory import MemoryNode
 from contracts.node import FilterContract
 from support.images import detached, new_image, open_image, stack
@@ -26,6 +29,10 @@ from support.writers import Writers
 
 K, M = 1 << 10, 1 << 20
 SIZE = 2 * M
+
+
+def digest(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class TestContract(FilterContract):
@@ -138,6 +145,43 @@ def test_readers_and_writers() -> None:
         reader.join()
     assert not wrong
     assert setup.view.read(0, SIZE) == setup.before
+
+
+@pytest.mark.parametrize("target_format", ["raw", "qcow2"])
+def test_a_snapshot_of_a_disk_in_use_is_made_read_and_let_go(target_format: str) -> None:
+    """As a user builds a backup by hand, again and again, while others write."""
+    graph = Graph()
+    disk = open_image(new_image("qcow2", SIZE, cluster_size=16 * K), "qcow2", graph=graph)
+    disk.write(0, random.Random(2).randbytes(SIZE))
+    layer = disk.node
+    with Writers(disk, unit=16 * K) as writers:
+        for _ in range(4):
+            target = open_image(new_image(target_format, SIZE), target_format, graph=graph)
+            keeper = CopyBeforeWriteNode(name="keeper")
+            with writers.held(), quiesce(graph, [layer]):
+                moment = digest(writers.model)
+                graph.add(keeper)
+                graph.attach(keeper, "target", target.node, "data")
+                insert_filter(graph, keeper, disk)
+                keeper.begin(64 * K)
+            writers.more(10)
+            view = byre.open({"driver": "snapshot-access", "file": "keeper"}, graph=graph)
+            found = bytearray()
+            for offset in range(0, SIZE, 256 * K):
+                found += view.read(offset, 256 * K)
+                writers.more(5)
+            assert digest(found) == moment
+            writers.more(10)
+            assert digest(view.read(0, SIZE)) == moment
+            view.close()
+            remove_filter(graph, keeper)
+            target.close()
+            assert disk.node is layer
+            writers.more(10)
+    assert digest(disk.read(0, SIZE)) == digest(writers.model)
+    assert isinstance(layer, Qcow2Node)
+    assert layer.check(Control()).corruptions == 0
+    assert len(graph.nodes) == len(list(graph.images)) + 1  # the disk and its file; nothing is left of the rest
 
 
 def test_what_nobody_wants_is_not_copied_and_not_shown() -> None:

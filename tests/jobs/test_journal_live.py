@@ -29,7 +29,7 @@ SIZE = 32 * MIB
 
 # Two threads write at random while the job runs slowly; the parent kills all of it.
 CHILD = """
-import random, sys, threading
+import random, sys, threading, time
 import byre
 from byre.graph import chain
 from byre.graph.graph import Graph
@@ -60,6 +60,7 @@ def write(seed):
     while True:
         at = chooser.randrange(source.size - 70000)
         source.write(at, chooser.randbytes(chooser.randrange(1, 70000)))
+        time.sleep(0.005)
 
 for number in range(2):
     threading.Thread(target=write, args=(seed + number,), daemon=True).start()

@@ -29,14 +29,17 @@ def skip_filters(node: Node) -> Node:
 
 def layers(top: Node) -> list[Node]:
     """Every layer from ``top`` to its base."""
-    result: list[Node] = []
+    return [layer for _, layer in _entries(top)]
+
+
+def _entries(top: Node) -> Iterator[tuple[Node, Node]]:
+    """Every layer from ``top`` to its base: (the filter through which it is reached or itself, the layer)."""
     node: Node | None = top
     while node is not None:
-        node = skip_filters(node)
-        result.append(node)
-        edge = node.children.get("backing")
+        layer = skip_filters(node)
+        yield node, layer
+        edge = layer.children.get("backing")
         node = edge.node if edge else None
-    return result
 
 
 def depth(top: Node) -> int:
@@ -79,10 +82,11 @@ def extents(top: Node, offset: int, length: int, *, base: Node | None = None) ->
     from ..io.extentmap import ExtentMap
 
     result: ExtentMap | None = None
-    for level, node in enumerate(layers(top)):
-        if node is base:
+    for level, (entry, layer) in enumerate(_entries(top)):
+        if layer is base:
             break
-        part = _layer(node, offset, length, level)
+        # A filter may have something to say about it, if only that it cannot tell.
+        part = _layer(entry, offset, length, level)
         result = part if result is None else result.overlay(part)
         if not (result.kind == UNALLOCATED).any():
             break
