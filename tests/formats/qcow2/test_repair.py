@@ -740,3 +740,44 @@ def test_a_snapshot_table_that_reaches_into_other_metadata_is_written_anew(tmp_p
     assert word(path, header(path).snapshots_offset) == shot_l1
     assert digest(path) == before
     assert check(path, "all")[:5] == (0, 0, 0, 0, 0)
+
+
+def test_an_l1_table_that_runs_into_guest_data_is_cut(image: Path) -> None:
+    """Where the words behind it are no entries."""
+    before, good = digest(image), header(image).l1_size
+    at, end = header(image).l1_table_offset, len(image.read_bytes())
+    table = image.read_bytes()[at : at + good * 8]
+    with open(image, "r+b") as file:  # the table moves behind everything else, guest data follow it
+        file.seek(end)
+        file.write(table.ljust(4096, b"\0") + b"guest data" * 4096)
+    put(image, 40, end)
+    assert check(image, "all")[0] == 0
+    put(image, 36, 0x402, ">I")
+    assert check(image).corruptions
+    result = check(image, "all")
+    assert result[:3] == (0, 0, 0)
+    assert header(image).l1_size == good
+    assert clean(image)
+    assert digest(image) == before
+
+
+def test_guest_data_that_a_damaged_snapshot_takes_for_a_table_stay(tmp_path: Path) -> None:
+    path, table = snapshotted(tmp_path / "a.qcow2")
+    with byre.open(str(path), read_only=False) as image:
+        image.write(8192, b"\x09" * 4096)
+    before = digest(path)
+    put(path, word(path, table), word(path, l2(path, 2)))
+    check(path, "all")
+    assert digest(path) == before
+
+
+def test_a_snapshot_whose_l1_table_would_be_the_header_goes(tmp_path: Path) -> None:
+    path, table = snapshotted(tmp_path / "a.qcow2")
+    before = digest(path)
+    put(path, table, 0)
+    result = check(path, "all")
+    assert result[:3] == (0, 0, 0)
+    assert any("Discarding snapshot table entry 0" in line for line in result.messages)
+    assert header(path).nb_snapshots == 0
+    assert clean(path)
+    assert digest(path) == before

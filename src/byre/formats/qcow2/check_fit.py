@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from . import layout
-from .entries import OFFSET_MASK
+from .entries import L1_RESERVED, OFFSET_MASK
 
 if TYPE_CHECKING:
     from .check_reader import Keys, Subject
@@ -66,7 +66,12 @@ class TableFits:
             return Fit(needed, False, False)
         if end - subject.file_length >= subject.cluster_size:
             return Fit(needed, True, False)
-        return Fit(needed, self.collides(max(enough, offset + 1), end), False)
+        return Fit(needed, self.collides(max(enough, offset + 1), end) or self._nonsense(enough, end), False)
+
+    def _nonsense(self, start: int, end: int) -> bool:
+        """Whether words there cannot be L1 entries; they map nothing in any case."""
+        bad = np.uint64(L1_RESERVED | (self.subject.cluster_size - 1 & OFFSET_MASK))
+        return any(bool((words & bad).any()) for words in self.subject.words(start, end))
 
     def collides(self, start: int, end: int) -> bool:
         """Whether other metadata begin in ``[start, end)``."""

@@ -266,6 +266,9 @@ class L2Scan:
         for row in self._rows(wrong & ~data, total, findings):
             findings.say(f"ERROR offset={int(found.hosts[row]):x}: Preallocated cluster is not properly aligned; "
                          "L2 entry corrupted.", total)  # fmt: skip
+            if int(found.standard[row]) & entries.L2_RESERVED:
+                # No entry was ever written so: this may be guest data that a damaged L1 entry points to.
+                continue
             table, index = divmod(row, self.per_table)
             findings.misaligned.append((int(batch.offsets[table]), index, int(found.hosts[row])))
 

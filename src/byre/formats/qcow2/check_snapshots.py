@@ -168,8 +168,8 @@ class SnapshotTable:
         kept = []
         for index, row in enumerate(self.rows):
             row = self._fitted(fits, index, row, findings)
-            behind = row.l1_size and row.l1_offset >= self.subject.file.size
-            wrong = self.l1_problem(row) or (behind and f"ERROR its L1 table at {row.l1_offset:#x} lies behind the end")
+            nowhere = row.l1_size and not 0 < row.l1_offset < self.subject.file.size
+            wrong = self.l1_problem(row) or (nowhere and f"ERROR no L1 table can be at {row.l1_offset:#x}")
             if not any(row[1:]):
                 wrong = "ERROR the entry is empty"
             if wrong:
