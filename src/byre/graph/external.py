@@ -140,6 +140,10 @@ def _attempt(graph: Graph, overlays: Sequence[NewOverlay], policy: Policy,
             if now == below:
                 append(graph, list(zip(disks, nodes, strict=True)))
                 done = True
+    except ByreError:
+        if list(map(node_at, disks)) == below:
+            raise
+        # What stood in the way was another snapshot of the same disk: its layer is a backing file by now.
     finally:
         if not done:
             for node in nodes:
