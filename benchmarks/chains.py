@@ -1,4 +1,4 @@
-"""Chains: rebase the top of three layers, commit an overlay; all in the page cache, images made anew each time."""
+"""Chains: rebase and compare the top of three layers, commit an overlay; all in the page cache, images made anew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIECE = 1 << 20
 def main() -> None:
     given = parse_arguments(__doc__ or "", pairs=5, size="2G")
     with Bench("chains", given) as bench:
-        if bench.wants("rebase"):
+        if bench.wants("rebase") or bench.wants("compare"):
             rebase(bench, given.size)
         if bench.wants("commit"):
             commit(bench, given.size)
@@ -46,6 +46,10 @@ def rebase(bench: Bench, size: int) -> None:
         make(bench, "convert", "-O", "qcow2", kept, flat)
         for name in (base, other, middle):
             bench.warm(name)
+
+        bench.warm(flat)
+        bench.row(f"compare a chain of three with a flat image: {words}",
+                  ["compare", "-f", "qcow2", "-F", "qcow2", kept, flat], goal=Goal(0.7))  # fmt: skip
 
         def fresh(kept: str = kept, top: str = top) -> None:
             shutil.copy(kept, top)

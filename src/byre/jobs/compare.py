@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareJob", "Result", "StatusError"]
 
-CHUNK: Final = MIB
+CHUNK: Final = 2 * MIB
 _TASK_PIECES: Final = 256
 
 _BOTH: Final = 0
