@@ -473,7 +473,11 @@ def flush(node: FormatNode) -> None:
     :raises IOFailure: a write or flush below failed; the node is out of service from then on
     """
     started = perf_counter_ns()
-    apart = not node.read_only and node.failure is None and node.write_back_apart()
+    try:
+        apart = not node.read_only and node.failure is None and node.write_back_apart()
+    except BaseException:
+        node.stats.failed(4)
+        raise
     with node.lock:
         node.check_failure()
         if node.read_only:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import byre
+from byre.errors import IOFailure
 from byre.graph.creating import create
 from byre.jobs.job import Control
 from byre.protocols.file import FileNode
@@ -91,6 +92,29 @@ def test_a_table_that_was_written_meanwhile_is_not_written_as_it_was_before(
         assert content(path, CLUSTER, CLUSTER) == bytes(CLUSTER)
         image.flush()
         assert content(path, 2 * CLUSTER, 3) == b"ccc"
+
+
+def test_a_flush_that_fails_beside_other_requests_counts_and_ends_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image.qcow2"
+    create(str(path), "qcow2", 1 << 20, options={"cluster_size": CLUSTER})
+    with byre.open(path, read_only=False) as image:
+        image.write(0, b"a" * CLUSTER)
+        image.flush()
+        image.write(CLUSTER, b"b" * CLUSTER)  # in a table that is there: the lock is let go meanwhile
+        with monkeypatch.context() as failing, pytest.raises(IOFailure, match="it fails"):
+
+            def fails(node: FileNode) -> None:
+                raise IOFailure("it fails")
+
+            failing.setattr(FileNode, "flush", fails)
+            image.flush()
+        stats = image.node.stats
+        assert stats.failed_count[stats.FLUSH] == 1
+        with pytest.raises(IOFailure):
+            image.write(0, b"c" * CLUSTER)
+        image.node.failure = None  # type: ignore[attr-defined]  # so that it can be closed
 
 
 def test_many_that_write_and_flush_at_once(tmp_path: Path) -> None:
