@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from support.small_disk import small_disk
+
 MIB = 1 << 20
 BYRE = [sys.executable, "-m", "byre"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -22,13 +24,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A folder with 8 MiB of space."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "byre-test", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "small", 8) as folder:
+        yield folder
 
 
 def run(folder: Path, *words: str, length: int = 0) -> subprocess.CompletedProcess[str]:

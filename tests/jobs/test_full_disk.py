@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from byre.jobs.live_commit import LiveCommitJob
 from byre.jobs.mirror import MirrorJob
 from byre.jobs.states import State
 from byre.jobs.stream import StreamJob
+from support.small_disk import small_disk
 from support.walk import walk
 
 K = 1024
@@ -33,13 +33,8 @@ SIZE = 12 * MIB
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A folder with 16 MiB of space."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "byre-test", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "small", 16) as folder:
+        yield folder
 
 
 def fill_up(folder: Path) -> None:
